@@ -1,0 +1,124 @@
+#include "evaluate.hpp"
+
+#include <cmath>
+#include <limits>
+
+#include "parallel.hpp"
+
+namespace pydistill {
+namespace {
+
+constexpr double kNan = std::numeric_limits<double>::quiet_NaN();
+// Larger gradients do not stay in the last-level cache anyway: they are written past it.
+constexpr int64_t kPastCacheBytes = int64_t(32) << 20;
+
+double number(const void* array, int64_t i, bool is_double) {
+  return is_double ? static_cast<const double*>(array)[i] : double(static_cast<const float*>(array)[i]);
+}
+void put(void* array, int64_t i, double x, bool is_double) {
+  if (is_double)
+    static_cast<double*>(array)[i] = x;
+  else
+    static_cast<float*>(array)[i] = float(x);
+}
+
+struct Counts {
+  double soft_items = 0, hard_items = 0;
+  int64_t soft_rows = 0, labelled_rows = 0;
+};
+
+// Which rows count, for what and how much. Fills `plans`; nothing of the caller's is written.
+Counts plan_rows(const RowBatch& batch, bool is_double, std::vector<RowPlan>& plans, Evaluation& result) {
+  const LossOptions& options = batch.options;
+  Counts counts;
+  for (int64_t i = 0; i < batch.rows; ++i) {
+    RowPlan& plan = plans[i];
+    bool ignored = false;
+    if (batch.labels) {
+      const int64_t label = batch.labels_are_int32 ? static_cast<const int32_t*>(batch.labels)[i]
+                                                   : static_cast<const int64_t*>(batch.labels)[i];
+      ignored = label == options.ignore_index;
+      if (!ignored && (label < 0 || label >= batch.classes)) {
+        result.problem = Problem::bad_label, result.problem_row = i;
+        return counts;
+      }
+      plan.label = ignored ? -1 : label;
+    }
+    const double weight = batch.sample_weight ? number(batch.sample_weight, i, is_double) : 1;
+    if (!(weight >= 0) || std::isinf(weight)) {
+      result.problem = Problem::bad_weight, result.problem_row = i;
+      return counts;
+    }
+    if (weight == 0 || (ignored && !options.distill_unlabeled)) continue;
+    plan.weight = weight;
+    counts.soft_items += weight;
+    ++counts.soft_rows;
+    if (plan.label < 0) continue;
+    counts.hard_items += weight * (batch.class_weight ? number(batch.class_weight, plan.label, is_double) : 1);
+    ++counts.labelled_rows;
+  }
+  return counts;
+}
+
+double quotient(double sum, double items, int64_t rows) { return rows == 0 ? 0 : sum / items; }
+
+}  // namespace
+
+Evaluation evaluate(const RowBatch& batch, const IsaVariant& isa, int threads, const RowOutputs& out) {
+  const LossOptions& options = batch.options;
+  const bool is_double = batch.student.dtype == DType::float64;
+  const bool soft = batch.teacher.data != nullptr, hard = options.alpha < 1;
+  Evaluation result;
+  std::vector<RowPlan> plans(batch.rows);
+  const Counts counts = plan_rows(batch, is_double, plans, result);
+  if (result.problem != Problem::none) return result;
+
+  result.soft_items = batch.soft_items > 0 ? batch.soft_items : counts.soft_items;
+  result.hard_items = batch.hard_items > 0 ? batch.hard_items : counts.hard_items;
+  const bool mean = batch.reduction == Reduction::mean;
+  const double soft_items = mean ? result.soft_items : 1, hard_items = mean ? result.hard_items : 1;
+  for (int64_t i = 0; i < batch.rows; ++i) {
+    RowPlan& plan = plans[i];
+    const double scale = plan.weight * batch.grad_output *
+                         (batch.row_grad_output ? number(batch.row_grad_output, i, is_double) : 1);
+    plan.soft_scale = soft ? options.alpha * scale / soft_items : 0;
+    plan.hard_scale = hard && plan.label >= 0 ? (1 - options.alpha) * scale / hard_items : 0;
+  }
+
+  std::vector<RowOutcome> outcomes(batch.rows);
+  const int64_t elements = batch.rows * batch.classes;
+  const bool past_cache = elements * size_of(batch.gradient.dtype) > kPastCacheBytes;
+  for_row_ranges(batch.rows, elements, threads, [&](int64_t begin, int64_t end) {
+    isa.run_rows(batch, plans.data(), outcomes.data(), begin, end, past_cache);
+  });
+
+  // In the order of the rows, so that the number of threads cannot change a bit.
+  double soft_sum = 0, hard_sum = 0;
+  int64_t agree = 0, correct = 0;
+  for (int64_t i = 0; i < batch.rows; ++i) {
+    const RowOutcome& row = outcomes[i];
+    const bool counts_here = plans[i].weight != 0;
+    const double soft_i = counts_here ? plans[i].weight * row.soft : 0;
+    const double hard_i = counts_here ? plans[i].weight * row.hard : 0;
+    soft_sum += soft_i;
+    hard_sum += hard_i;
+    agree += counts_here && row.same_argmax;
+    correct += counts_here && row.correct && plans[i].label >= 0;
+    if (out.loss)
+      put(out.loss, i, (soft ? options.alpha * soft_i : 0) + (hard ? (1 - options.alpha) * hard_i : 0), is_double);
+    if (out.soft) put(out.soft, i, soft ? soft_i : kNan, is_double);
+    if (out.hard) put(out.hard, i, hard ? hard_i : kNan, is_double);
+  }
+  if (mean) {
+    soft_sum = quotient(soft_sum, soft_items, counts.soft_rows);
+    hard_sum = quotient(hard_sum, hard_items, counts.labelled_rows);
+  }
+  result.loss = (soft ? options.alpha * soft_sum : 0) + (hard ? (1 - options.alpha) * hard_sum : 0);
+  result.soft = soft ? soft_sum : kNan;
+  result.hard = hard ? hard_sum : kNan;
+  result.agreement = soft && counts.soft_rows ? double(agree) / double(counts.soft_rows) : kNan;
+  result.accuracy = counts.labelled_rows ? double(correct) / double(counts.labelled_rows) : kNan;
+  return result;
+}
+
+}  // namespace pydistill

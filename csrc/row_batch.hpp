@@ -1,0 +1,74 @@
+// What crosses the boundary between Python and the kernels: plain structs, no torch.
+#pragma once
+
+#include <cstdint>
+
+namespace pydistill {
+
+enum class DType : int { float32, float64, bfloat16, float16 };
+
+enum class Divergence : int {
+#define DIVERGENCE(name, type) name,
+#include "divergences.def"
+#undef DIVERGENCE
+};
+
+inline int64_t size_of(DType dtype) {
+  return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2;
+}
+
+// Rows of `classes` consecutive elements, `stride` elements apart (0: one row shown many times).
+struct Matrix {
+  void* data = nullptr;
+  DType dtype = DType::float32;
+  int64_t stride = 0;
+
+  char* at(int64_t row, int64_t column) const {
+    return static_cast<char*>(data) + (row * stride + column) * size_of(dtype);
+  }
+};
+
+struct LossOptions {
+  Divergence divergence = Divergence::forward_kl;
+  double beta = 0;
+  double temperature = 1;
+  double alpha = 0.5;
+  bool t_squared = true;
+  int64_t ignore_index = -100;
+  bool distill_unlabeled = false;
+  double label_smoothing = 0;
+};
+
+enum class Reduction : int { none, sum, mean };
+
+struct RowBatch {
+  int64_t rows = 0, classes = 0;
+  Matrix student, teacher;  // teacher.data is null where the soft term is not evaluated
+  const void* labels = nullptr;
+  bool labels_are_int32 = false;
+  const void* sample_weight = nullptr;  // in the compute type: double for float64 students, else float
+  const void* class_weight = nullptr;   // in the compute type
+  LossOptions options;
+  Reduction reduction = Reduction::mean;
+  double soft_items = 0, hard_items = 0;  // denominators of "mean"; 0: to be counted
+  double grad_output = 1;                 // folded into every row's scale,
+  const void* row_grad_output = nullptr;  // and this, per row, in the compute type
+  Matrix gradient;                        // data is null where no gradient is wanted; dtype as the student
+  bool want_argmax = false;
+};
+
+// What one row needs to know beside its logits; made once, before anything is written.
+struct RowPlan {
+  int64_t label = -1;      // -1: no hard term
+  double weight = 0;       // 0: the row counts for nothing
+  double soft_scale = 0;   // factor of this row's soft term in the gradient
+  double hard_scale = 0;
+};
+
+// What the kernel finds out about one row, before weights: terms in nats, T^2 included.
+struct RowOutcome {
+  double soft = 0, hard = 0;
+  bool same_argmax = false, correct = false;
+};
+
+}  // namespace pydistill

@@ -1,0 +1,191 @@
+// The loops of the row kernel: the one loop with its tail, and the passes over a block of a row.
+#pragma once
+
+#include "divergences.hpp"
+
+namespace pydistill::PYDISTILL_ISA {
+namespace {
+
+// A block stays in L1; with two accumulators each float lane adds 32 terms before the sum goes on in double.
+template <class T>
+constexpr int kBlock = 64 * kVecBytes / int(sizeof(float));
+
+// Calls f(j, k, width): `width` vectors from element j on, a constant for the compiler. In pairs of whole vectors, then
+// one by one; k counts the elements of a single vector, fewer than its lanes in the tail and in the `head` that leads
+// to an aligned address.
+template <class T, class F>
+inline void for_each(int n, int head, F f) {
+  constexpr int lanes = kLanes<T>;
+  constexpr std::integral_constant<int, 1> single;
+  constexpr std::integral_constant<int, 2> pair;
+  int j = 0;
+  if (head > 0) f(0, head, single), j = head;
+  for (; j + 2 * lanes <= n; j += 2 * lanes) f(j, lanes, pair);
+  if (j + lanes <= n) f(j, lanes, single), j += lanes;
+  if (j < n) f(j, n - j, single);
+}
+
+template <class T>
+inline Vec<T> load(const T* p, int k) {
+  return k == kLanes<T> ? load(p) : load_first(p, k, std::numeric_limits<T>::lowest());
+}
+template <class T>
+inline void store(T* p, Vec<T> a, int k) {
+  k == kLanes<T> ? store(p, a) : store_first(p, a, k);
+}
+
+// How exp(s), needed by cross-entropy, comes from exp(s / T), needed by the soft term.
+enum class HardExp { none, same, square, fourth, own };
+
+template <HardExp H, class T>
+inline Vec<T> power(Vec<T> e) {
+  if constexpr (H == HardExp::same) return e;
+  const Vec<T> square = e * e;
+  if constexpr (H == HardExp::square) return square;
+  return square * square;
+}
+
+template <class T>
+inline T block_maximum(const T* x, int n, T start) {
+  Vec<T> a[2] = {set<T>(start), set<T>(start)};
+  for_each<T>(n, 0, [&](int j, int k, auto width) {
+    for (int i = 0; i < width; ++i) a[i] = max(a[i], load(x + j + i * kLanes<T>, k));
+  });
+  return maximum(max(a[0], a[1]));
+}
+
+// What exp2 needs: c = log2(e) / T, and the argument below which the result is 0.
+template <class T>
+struct Base {
+  explicit Base(double temperature)
+      : c(set<T>(T(1.4426950408889634 / temperature))),
+        lowest(set<T>(T(Exp2<T>::lowest_exponent * temperature * 0.6931471805599453))) {}
+  Vec<T> c, lowest;
+};
+
+// Sums over one block or, rescaled, over a row so far: of exp((s - max) / T), of exp((t - max) / T), of the
+// latter times the difference of the shifted logits, and of exp(s - max).
+struct Sums {
+  double student = 0, teacher = 0, cross = 0, hard = 0;
+};
+
+template <class T>
+struct Scratch {
+  T* student;  // exp((s - max) / T)
+  T* teacher;  // exp((t - max) / T); later h of a divergence that needs a second pass
+  T* hard;     // exp(s - max), where it is not a power of the first
+};
+
+// One pass over a block that is in L1. `ahead_*` point at memory that will be needed a block from now.
+// kMasked keeps 0 * inf out of the cross sum; it is only needed where a logit is -inf.
+template <class T, HardExp H, bool kSoft, bool kKeep, bool kMasked>
+inline Sums exponentials(const T* s, const T* t, int n, T student_max, T teacher_max, const Base<T>& soft,
+                         const Base<T>& hard, const Scratch<T>& out, const char* ahead_s, int64_t step_s,
+                         const char* ahead_t, int64_t step_t) {
+  const Vec<T> ms = set<T>(student_max), mt = set<T>(teacher_max);
+  Vec<T> student[2] = {set<T>(0), set<T>(0)}, teacher[2] = {set<T>(0), set<T>(0)};
+  Vec<T> cross[2] = {set<T>(0), set<T>(0)}, hard_sum[2] = {set<T>(0), set<T>(0)};
+  for_each<T>(n, 0, [&](int j, int k, auto width) {
+    constexpr int w = width, lanes = kLanes<T>;
+    const bool tail = k != lanes;
+    prefetch(ahead_s + j * step_s);
+    if constexpr (kSoft) prefetch(ahead_t + j * step_t);
+    Vec<T> shifted[kSoft ? 2 * w : w], e[kSoft ? 2 * w : w];  // the student's, then the teacher's
+    for (int i = 0; i < w; ++i) shifted[i] = load(s + j + i * lanes, k) - ms;
+    if constexpr (kSoft)
+      for (int i = 0; i < w; ++i) shifted[w + i] = load(t + j + i * lanes, k) - mt;
+    exp2(shifted, soft.c, soft.lowest, e);
+    for (int i = 0; i < w; ++i) {
+      if (tail) e[i] = first(e[i], k);
+      student[i] = student[i] + e[i];
+      if constexpr (kKeep) store(out.student + j + i * lanes, e[i], k);
+      if constexpr (H == HardExp::square || H == HardExp::fourth) hard_sum[i] = hard_sum[i] + power<H>(e[i]);
+    }
+    if constexpr (kSoft)
+      for (int i = 0; i < w; ++i) {
+        Vec<T> f = e[w + i], d = shifted[w + i] - shifted[i];
+        if (tail) f = first(f, k), d = first(d, k);
+        teacher[i] = teacher[i] + f;
+        cross[i] = kMasked ? cross[i] + times(f, d) : fma(f, d, cross[i]);
+        if constexpr (kKeep) store(out.teacher + j + i * lanes, f, k);
+      }
+    if constexpr (H == HardExp::own) {
+      Vec<T> g[w], x[w];
+      for (int i = 0; i < w; ++i) x[i] = shifted[i];
+      exp2(x, hard.c, hard.lowest, g);
+      for (int i = 0; i < w; ++i) {
+        if (tail) g[i] = first(g[i], k);
+        hard_sum[i] = hard_sum[i] + g[i];
+        if constexpr (kKeep) store(out.hard + j + i * lanes, g[i], k);
+      }
+    }
+  });
+  Sums r{sum(student[0] + student[1]), sum(teacher[0] + teacher[1]), sum(cross[0] + cross[1]),
+         sum(hard_sum[0] + hard_sum[1])};
+  if constexpr (H == HardExp::same) r.hard = r.student;
+  return r;
+}
+
+// The second pass of a divergence without a shortcut: its value and sum of h over one block. h replaces the
+// teacher's exponentials. Log-probabilities come from the logits: log_q = (s - max) / T - log(sum).
+struct PointSums {
+  double value = 0, h = 0;
+};
+template <class T>
+struct Normaliser {
+  T student_max, teacher_max, student_log, teacher_log, inverse_temperature;
+};
+template <class D, class T>
+inline PointSums pointwise(const T* s, const T* t, int n, const Normaliser<T>& z, T student_factor, T teacher_factor,
+                           const Scratch<T>& scratch) {
+  Vec<T> value = set<T>(0), h_sum = value;
+  for_each<T>(n, 0, [&](int start, int k, auto width) {
+    const Vec<T> inverse = set<T>(z.inverse_temperature);
+    for (int i = 0; i < width; ++i) {
+      const int j = start + i * kLanes<T>;
+      const Point<T> x{load(scratch.teacher + j, k) * set<T>(teacher_factor),
+                       load(scratch.student + j, k) * set<T>(student_factor),
+                       (load(t + j, k) - set<T>(z.teacher_max)) * inverse - set<T>(z.teacher_log),
+                       (load(s + j, k) - set<T>(z.student_max)) * inverse - set<T>(z.student_log)};
+      Vec<T> v = D::value(x), h = D::d_log_q(x);
+      if (k != kLanes<T>) v = first(v, k), h = first(h, k);
+      value = value + v;
+      h_sum = h_sum + h;
+      store(scratch.teacher + j, h, k);
+    }
+  });
+  return {sum(value), sum(h_sum)};
+}
+
+// gradient_j = student * e_j + third * f_j + hard * exp(s_j - max) + constant - smooth * class_weight_j
+template <class T>
+struct Coefficients {
+  T student, third, hard, constant, smooth;
+  const T* class_weight;  // of this block; null where smooth is folded into constant
+};
+template <class T, HardExp H, bool kSoft>
+inline void write_gradient(const Scratch<T>& in, int n, const Coefficients<T>& by, bool past_cache, T* out) {
+  const auto value = [&](int j, int k) {
+    Vec<T> r = set<T>(by.constant);
+    if constexpr (kSoft) r = fma(set<T>(by.third), load(in.teacher + j, k), r);
+    const Vec<T> e = load(in.student + j, k);
+    if constexpr (H == HardExp::own) r = fma(set<T>(by.hard), load(in.hard + j, k), r);
+    if constexpr (H == HardExp::square || H == HardExp::fourth) r = fma(set<T>(by.hard), power<H>(e), r);
+    r = fma(set<T>(by.student), e, r);
+    if (by.class_weight) r = fma(set<T>(-by.smooth), load(by.class_weight + j, k), r);
+    return r;
+  };
+  if (!past_cache)
+    return for_each<T>(n, 0, [&](int j, int k, auto width) {
+      for (int i = 0; i < width; ++i) store(out + j + i * kLanes<T>, value(j + i * kLanes<T>, k), k);
+    });
+  const int misaligned = int(reinterpret_cast<uintptr_t>(out) % kVecBytes / sizeof(T));
+  const int head = misaligned ? std::min(n, kLanes<T> - misaligned) : 0;
+  for_each<T>(n, head, [&](int j, int k, auto width) {
+    if (k != kLanes<T>) return store_first(out + j, value(j, k), k);
+    for (int i = 0; i < width; ++i) stream(out + j + i * kLanes<T>, value(j + i * kLanes<T>, k));
+  });
+}
+
+}  // namespace
+}  // namespace pydistill::PYDISTILL_ISA

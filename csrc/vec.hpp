@@ -1,0 +1,413 @@
+// Vec<T>: the only file that knows an instruction set. kernels.cpp includes it once per ISA; everything has
+// internal linkage, or the linker could keep one ISA's copy of an inline function for all.
+//
+// Compiled with -ffp-contract=off: a product and a sum fuse only where fma() says so. Otherwise the student's and
+// the teacher's sums may round differently, and the divergence of equal rows is no longer exactly 0.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <iterator>
+#include <limits>
+#include <type_traits>
+
+#include "row_batch.hpp"
+
+#if !defined(PYDISTILL_PORTABLE)
+#include <immintrin.h>
+#endif
+
+namespace pydistill::PYDISTILL_ISA {
+namespace {
+
+#if defined(PYDISTILL_PORTABLE)
+constexpr int kVecBytes = 16;
+#elif defined(__AVX512F__)
+constexpr int kVecBytes = 64;
+#elif defined(__AVX2__)
+constexpr int kVecBytes = 32;
+#else
+constexpr int kVecBytes = 16;
+#endif
+
+template <class T>
+constexpr int kLanes = kVecBytes / int(sizeof(T));
+
+template <class T>
+struct IntegerOf;
+template <>
+struct IntegerOf<float> {
+  using type = int32_t;
+};
+template <>
+struct IntegerOf<double> {
+  using type = int64_t;
+};
+template <class T>
+using Integer = typename IntegerOf<T>::type;
+
+// GCC and Clang know vectors on every machine: operators, comparisons and ?: work lane by lane. The portable build
+// uses nothing else.
+template <class T>
+struct RegisterOf {
+  typedef T type __attribute__((vector_size(kVecBytes)));
+};
+template <class T>
+using Register = typename RegisterOf<T>::type;
+
+// A struct around the register, so that templates can deduce T.
+template <class T>
+struct Vec {
+  Register<T> v;
+  T operator[](int i) const { return v[i]; }
+};
+
+template <class T>
+inline Vec<T> set(T x) {
+  Vec<T> r;
+  for (int i = 0; i < kLanes<T>; ++i) r.v[i] = x;
+  return r;
+}
+template <class T>
+inline Vec<T> operator+(Vec<T> a, Vec<T> b) {
+  return {a.v + b.v};
+}
+template <class T>
+inline Vec<T> operator-(Vec<T> a, Vec<T> b) {
+  return {a.v - b.v};
+}
+template <class T>
+inline Vec<T> operator*(Vec<T> a, Vec<T> b) {
+  return {a.v * b.v};
+}
+template <class T>
+inline Vec<T> operator-(Vec<T> a) {
+  return set<T>(0) - a;
+}
+
+// w * x, and 0 where w is 0, whatever x is. A NaN weight stays NaN.
+template <class T>
+inline Vec<T> times(Vec<T> w, Vec<T> x) {
+  const Register<T> zero = {};
+  return {w.v == zero ? zero : w.v * x.v};
+}
+
+template <class T>
+inline Vec<T> load(const T* p) {
+  Vec<T> r;
+  std::memcpy(&r.v, p, sizeof r.v);
+  return r;
+}
+template <class T>
+inline void store(T* p, Vec<T> a) {
+  std::memcpy(p, &a.v, sizeof a.v);
+}
+
+// Tails. first(a, n): the first n lanes of a, 0 in the rest. load_first: the first n lanes from memory, `pad` in the
+// rest. Nothing beyond p[n - 1] is touched, n < kLanes.
+#if defined(__AVX512F__) && !defined(PYDISTILL_PORTABLE)
+inline Vec<float> first(Vec<float> a, int n) { return {_mm512_maskz_mov_ps(__mmask16((1u << n) - 1), a.v)}; }
+inline Vec<double> first(Vec<double> a, int n) { return {_mm512_maskz_mov_pd(__mmask8((1u << n) - 1), a.v)}; }
+inline Vec<float> load_first(const float* p, int n, float pad) {
+  return {_mm512_mask_loadu_ps(_mm512_set1_ps(pad), __mmask16((1u << n) - 1), p)};
+}
+inline Vec<double> load_first(const double* p, int n, double pad) {
+  return {_mm512_mask_loadu_pd(_mm512_set1_pd(pad), __mmask8((1u << n) - 1), p)};
+}
+inline void store_first(float* p, Vec<float> a, int n) { _mm512_mask_storeu_ps(p, __mmask16((1u << n) - 1), a.v); }
+inline void store_first(double* p, Vec<double> a, int n) { _mm512_mask_storeu_pd(p, __mmask8((1u << n) - 1), a.v); }
+#else
+#if defined(__AVX2__) && !defined(PYDISTILL_PORTABLE)
+inline __m256i lanes_below(int n, float) {
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+inline __m256i lanes_below(int n, double) {
+  return _mm256_cmpgt_epi64(_mm256_set1_epi64x(n), _mm256_setr_epi64x(0, 1, 2, 3));
+}
+inline Vec<float> first(Vec<float> a, int n) {
+  return {_mm256_and_ps(a.v, _mm256_castsi256_ps(lanes_below(n, 0.0f)))};
+}
+inline Vec<double> first(Vec<double> a, int n) {
+  return {_mm256_and_pd(a.v, _mm256_castsi256_pd(lanes_below(n, 0.0)))};
+}
+inline Vec<float> load_first(const float* p, int n, float pad) {
+  const __m256i mask = lanes_below(n, 0.0f);
+  return {_mm256_blendv_ps(_mm256_set1_ps(pad), _mm256_maskload_ps(p, mask), _mm256_castsi256_ps(mask))};
+}
+inline Vec<double> load_first(const double* p, int n, double pad) {
+  const __m256i mask = lanes_below(n, 0.0);
+  return {_mm256_blendv_pd(_mm256_set1_pd(pad), _mm256_maskload_pd(p, mask), _mm256_castsi256_pd(mask))};
+}
+#else
+template <class T>
+inline Vec<T> first(Vec<T> a, int n) {
+  Vec<T> r = a;
+  for (int i = 0; i < kLanes<T>; ++i) r.v[i] = i < n ? a.v[i] : T(0);
+  return r;
+}
+template <class T>
+inline Vec<T> load_first(const T* p, int n, T pad) {
+  Vec<T> r = set<T>(pad);
+  for (int i = 0; i < kLanes<T> - 1; ++i)
+    if (i < n) r.v[i] = p[i];
+  return r;
+}
+#endif
+template <class T>
+inline void store_first(T* p, Vec<T> a, int n) {
+  for (int i = 0; i < kLanes<T> - 1; ++i)
+    if (i < n) p[i] = a.v[i];
+}
+#endif
+
+// max(a, b) is b where either is NaN; fma(a, b, c) = a * b + c, fused where the hardware has it; stream() writes
+// past the caches to an address that is a multiple of kVecBytes.
+#if defined(PYDISTILL_PORTABLE)
+template <class T>
+inline Vec<T> max(Vec<T> a, Vec<T> b) {
+  return {a.v > b.v ? a.v : b.v};
+}
+template <class T>
+inline Vec<T> fma(Vec<T> a, Vec<T> b, Vec<T> c) {
+  return a * b + c;
+}
+template <class T>
+inline void stream(T* p, Vec<T> a) {
+  store(p, a);
+}
+inline void prefetch(const char*) {}
+inline void stream_fence() {}
+#else
+inline void prefetch(const char* p) { _mm_prefetch(p, _MM_HINT_T0); }
+inline void stream_fence() { _mm_sfence(); }
+#if defined(__AVX512F__)
+inline Vec<float> max(Vec<float> a, Vec<float> b) { return {_mm512_max_ps(a.v, b.v)}; }
+inline Vec<double> max(Vec<double> a, Vec<double> b) { return {_mm512_max_pd(a.v, b.v)}; }
+inline Vec<float> fma(Vec<float> a, Vec<float> b, Vec<float> c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+inline Vec<double> fma(Vec<double> a, Vec<double> b, Vec<double> c) { return {_mm512_fmadd_pd(a.v, b.v, c.v)}; }
+inline void stream(float* p, Vec<float> a) { _mm512_stream_ps(p, a.v); }
+inline void stream(double* p, Vec<double> a) { _mm512_stream_pd(p, a.v); }
+#elif defined(__AVX2__)
+inline Vec<float> max(Vec<float> a, Vec<float> b) { return {_mm256_max_ps(a.v, b.v)}; }
+inline Vec<double> max(Vec<double> a, Vec<double> b) { return {_mm256_max_pd(a.v, b.v)}; }
+inline Vec<float> fma(Vec<float> a, Vec<float> b, Vec<float> c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
+inline Vec<double> fma(Vec<double> a, Vec<double> b, Vec<double> c) { return {_mm256_fmadd_pd(a.v, b.v, c.v)}; }
+inline void stream(float* p, Vec<float> a) { _mm256_stream_ps(p, a.v); }
+inline void stream(double* p, Vec<double> a) { _mm256_stream_pd(p, a.v); }
+#else
+inline Vec<float> max(Vec<float> a, Vec<float> b) { return {_mm_max_ps(a.v, b.v)}; }
+inline Vec<double> max(Vec<double> a, Vec<double> b) { return {_mm_max_pd(a.v, b.v)}; }
+template <class T>
+inline Vec<T> fma(Vec<T> a, Vec<T> b, Vec<T> c) {
+  return a * b + c;
+}
+inline void stream(float* p, Vec<float> a) { _mm_stream_ps(p, a.v); }
+inline void stream(double* p, Vec<double> a) { _mm_stream_pd(p, a.v); }
+#endif
+#endif
+
+// Sum and maximum over the lanes, halving; the order is fixed.
+template <class T>
+inline T sum(Vec<T> a) {
+  T lane[kLanes<T>];
+  store(lane, a);
+  for (int n = kLanes<T> / 2; n > 0; n /= 2)
+    for (int i = 0; i < n; ++i) lane[i] += lane[i + n];
+  return lane[0];
+}
+template <class T>
+inline T maximum(Vec<T> a) {
+  T lane[kLanes<T>];
+  store(lane, a);
+  for (int n = kLanes<T> / 2; n > 0; n /= 2)
+    for (int i = 0; i < n; ++i) lane[i] = lane[i] > lane[i + n] ? lane[i] : lane[i + n];
+  return lane[0];
+}
+
+// exp2(d * c) for d <= 0 and c > 0, within 1 ULP of float (2 ULP of double) beside the rounding of c; exactly 0
+// below 2^-126.5 (2^-1022.5), NaN for NaN. `lowest` is lowest_exponent / c, computed once by the caller.
+//
+// n = round(d * c) comes from adding 1.5 * 2^(mantissa bits), which leaves n in the low bits; 2^n is put together
+// from those bits. The remainder d * c - n in [-1/2, 1/2] goes through one fma, so that the product is not rounded.
+// float: minimax polynomial of degree 6, relative error 1.6e-8. double: Taylor of degree 13, 4e-18.
+template <class T>
+struct Exp2;
+template <>
+struct Exp2<float> {
+  static constexpr float round_magic = 12582912.0f;
+  static constexpr int mantissa_bits = 23;
+  static constexpr float lowest_exponent = -127.0f;
+  static constexpr float coefficient[] = {1.0f,          0x1.62e43p-1f,  0x1.ebfbdap-3f, 0x1.c6aed4p-5f,
+                                          0x1.3b2dbcp-7f, 0x1.5f456ap-10f, 0x1.41d334p-13f};
+};
+template <>
+struct Exp2<double> {
+  static constexpr double round_magic = 6755399441055744.0;
+  static constexpr int mantissa_bits = 52;
+  static constexpr double lowest_exponent = -1023.0;
+  static constexpr double coefficient[] = {1.0,
+                                           0.6931471805599453,
+                                           0.2402265069591007,
+                                           0.055504108664821576,
+                                           0.009618129107628477,
+                                           0.0013333558146428441,
+                                           0.00015403530393381606,
+                                           1.5252733804059838e-05,
+                                           1.3215486790144305e-06,
+                                           1.0178086009239696e-07,
+                                           7.054911620801121e-09,
+                                           4.44553827187081e-10,
+                                           2.5678435993488196e-11,
+                                           1.3691488853904124e-12};
+};
+
+// 2^n, where `shifted` is n + round_magic.
+template <class T>
+inline Vec<T> power_of_two(Vec<T> shifted) {
+  constexpr Integer<T> bias = Integer<T>(std::numeric_limits<T>::max_exponent - 1) << Exp2<T>::mantissa_bits;
+  typedef Integer<T> Bits __attribute__((vector_size(kVecBytes)));
+  return {(Register<T>)(((Bits)shifted.v << Exp2<T>::mantissa_bits) + bias)};
+}
+
+// N arguments in step: one polynomial is a chain of dependent instructions, and a CPU's scheduler holds few chains.
+template <int N, class T>
+inline void exp2(const Vec<T> (&d)[N], Vec<T> c, Vec<T> lowest, Vec<T> (&result)[N]) {
+  using E = Exp2<T>;
+  constexpr int degree = int(std::size(E::coefficient)) - 1;
+  const Vec<T> magic = set<T>(E::round_magic);
+  Vec<T> shifted[N], f[N];
+  for (int i = 0; i < N; ++i) f[i] = max(lowest, d[i]);
+  for (int i = 0; i < N; ++i) shifted[i] = fma(f[i], c, magic);
+  for (int i = 0; i < N; ++i) f[i] = fma(f[i], c, magic - shifted[i]);
+  for (int i = 0; i < N; ++i) result[i] = fma(f[i], set<T>(E::coefficient[degree]), set<T>(E::coefficient[degree - 1]));
+  for (int k = degree - 2; k >= 0; --k)
+    for (int i = 0; i < N; ++i) result[i] = fma(result[i], f[i], set<T>(E::coefficient[k]));
+  for (int i = 0; i < N; ++i) result[i] = result[i] * power_of_two(shifted[i]);
+}
+
+inline float half_to_float(uint16_t h) {
+  const uint32_t sign = uint32_t(h & 0x8000u) << 16;
+  const uint32_t magnitude = h & 0x7fffu;
+  uint32_t bits;
+  if (magnitude >= 0x7c00u) {  // inf, NaN
+    bits = 0x7f800000u | ((magnitude & 0x3ffu) << 13);
+  } else if (magnitude >= 0x0400u) {
+    bits = (magnitude << 13) + ((127u - 15u) << 23);
+  } else {  // zero, denormal: magnitude * 2^-24, exact in float
+    const float x = float(magnitude) * 0x1p-24f;
+    std::memcpy(&bits, &x, sizeof bits);
+  }
+  bits |= sign;
+  float r;
+  std::memcpy(&r, &bits, sizeof r);
+  return r;
+}
+
+inline uint16_t float_to_half(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  const uint16_t sign = uint16_t((bits >> 16) & 0x8000u);
+  bits &= 0x7fffffffu;
+  if (bits > 0x7f800000u) return sign | 0x7e00u;   // NaN
+  if (bits >= 0x477ff000u) return sign | 0x7c00u;  // rounds to inf
+  if (bits < 0x38800000u) {                        // below 2^-14: the addition rounds to a multiple of 2^-24
+    float magnitude;
+    std::memcpy(&magnitude, &bits, sizeof magnitude);
+    magnitude += 0.5f;
+    std::memcpy(&bits, &magnitude, sizeof bits);
+    return sign | uint16_t(bits - 0x3f000000u);
+  }
+  bits += 0xfffu + ((bits >> 13) & 1u);  // to nearest, ties to even
+  return sign | uint16_t((bits - ((127u - 15u) << 23)) >> 13);
+}
+
+inline float bfloat_to_float(uint16_t b) {
+  const uint32_t bits = uint32_t(b) << 16;
+  float r;
+  std::memcpy(&r, &bits, sizeof r);
+  return r;
+}
+
+inline uint16_t float_to_bfloat(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  const uint16_t rounded = uint16_t((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+  return x != x ? uint16_t(0x7fc0u) : rounded;
+}
+
+// Whole blocks between memory's dtype and the compute type. The loops are simple enough for the compiler.
+template <class To, class From, class Convert>
+inline void convert(const char* from, char* to, int n, Convert one) {
+  const From* a = reinterpret_cast<const From*>(from);
+  To* b = reinterpret_cast<To*>(to);
+  for (int i = 0; i < n; ++i) b[i] = To(one(a[i]));
+}
+
+inline int convert_half_vectors(const char* from, float* to, int n) {
+  int i = 0;
+#if !defined(PYDISTILL_PORTABLE) && defined(__F16C__)
+  const uint16_t* a = reinterpret_cast<const uint16_t*>(from);
+  for (; i + 8 <= n; i += 8)
+    _mm256_storeu_ps(to + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(a + i))));
+#else
+  (void)from, (void)to, (void)n;
+#endif
+  return i;
+}
+
+inline int convert_half_vectors(const float* from, char* to, int n) {
+  int i = 0;
+#if !defined(PYDISTILL_PORTABLE) && defined(__F16C__)
+  uint16_t* b = reinterpret_cast<uint16_t*>(to);
+  for (; i + 8 <= n; i += 8)
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(b + i),
+                     _mm256_cvtps_ph(_mm256_loadu_ps(from + i), _MM_FROUND_TO_NEAREST_INT));
+#else
+  (void)from, (void)to, (void)n;
+#endif
+  return i;
+}
+
+template <class T>
+inline void read_block(const char* from, DType dtype, int n, T* to) {
+  char* out = reinterpret_cast<char*>(to);
+  switch (dtype) {
+    case DType::float32: return convert<T, float>(from, out, n, [](float x) { return x; });
+    case DType::float64: return convert<T, double>(from, out, n, [](double x) { return x; });
+    case DType::bfloat16: return convert<T, uint16_t>(from, out, n, bfloat_to_float);
+    case DType::float16: {
+      int done = 0;
+      if constexpr (std::is_same_v<T, float>) done = convert_half_vectors(from, to, n);
+      return convert<T, uint16_t>(from + 2 * done, out + int(sizeof(T)) * done, n - done, half_to_float);
+    }
+  }
+}
+
+inline void write_block(const float* from, DType dtype, int n, char* to) {
+  if (dtype == DType::bfloat16)
+    return convert<uint16_t, float>(reinterpret_cast<const char*>(from), to, n, float_to_bfloat);
+  const int done = convert_half_vectors(from, to, n);
+  convert<uint16_t, float>(reinterpret_cast<const char*>(from + done), to + 2 * done, n - done, float_to_half);
+}
+
+// Flush denormals for the lifetime of the object: powers of small exponentials are full of them, they cost a
+// hundred cycles each on some CPUs, and nothing below 1e-38 matters to a loss.
+class FlushDenormals {
+#if defined(PYDISTILL_PORTABLE)
+ public:
+  FlushDenormals() {}
+#else
+ public:
+  FlushDenormals() : saved_(_mm_getcsr()) { _mm_setcsr(saved_ | 0x8000u); }
+  ~FlushDenormals() { _mm_setcsr(saved_); }
+  FlushDenormals(const FlushDenormals&) = delete;
+  FlushDenormals& operator=(const FlushDenormals&) = delete;
+
+ private:
+  unsigned saved_;
+#endif
+};
+
+}  // namespace
+}  // namespace pydistill::PYDISTILL_ISA

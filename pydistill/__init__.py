@@ -1,0 +1,36 @@
+"""pydistill: a fused loss engine for knowledge distillation on the CPU."""
+
+from importlib import metadata as _metadata
+
+# An unrelated distribution named "pydistill" installs the same import package; the two overwrite each other's files.
+try:
+    _metadata.distribution("pydistill")
+except _metadata.PackageNotFoundError:
+    pass
+else:
+    raise ImportError(
+        "two distributions share the import name 'pydistill': 'pydistill' (unrelated) and 'pydistill-kd' (this one). "
+        "Run: pip uninstall pydistill pydistill-kd && pip install pydistill-kd"
+    )
+
+import torch  # noqa: E402, F401  before the compiled core, so that both use torch's OpenMP pool
+
+from pydistill.engine.backend import BackendInfo, backend_info, use_backend  # noqa: E402
+from pydistill.functional import LossMetrics, distillation_loss  # noqa: E402
+from pydistill.losses import DistillationLoss  # noqa: E402
+from pydistill.soft_targets import SoftTargets  # noqa: E402
+
+try:
+    __version__ = _metadata.version("pydistill-kd")
+except _metadata.PackageNotFoundError:  # a checkout that was never installed
+    __version__ = "0.1.0"
+
+__all__ = [
+    "BackendInfo",
+    "DistillationLoss",
+    "LossMetrics",
+    "SoftTargets",
+    "backend_info",
+    "distillation_loss",
+    "use_backend",
+]

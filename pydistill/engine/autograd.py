@@ -1,0 +1,214 @@
+"""The autograd boundary: which path a call takes, and the gradient computed ahead of backward."""
+
+import torch
+from torch import Tensor
+
+from pydistill.engine import backend
+from pydistill.engine.batch import Batch, Outcome
+from pydistill.engine.checks import bad_label, bad_weight, in_functorch
+from pydistill.formulas import counted_rows, denominators, loss_formula
+
+
+def run(batch: Batch, inplace: bool, metrics: bool):
+    """Loss of a checked batch of any number of dimensions: ``(loss, Outcome)``, differentiable in the student."""
+    why = _why_formula(batch)
+    if why is not None:
+        backend.last_call.text = f"torch formula: {why}" + ("; inplace ignored" if inplace else "")
+        return _run_formula(batch, metrics)
+    student = batch.student
+    wants_gradient = student.requires_grad and torch.is_grad_enabled()
+    if inplace and wants_gradient:
+        _check_inplace(batch)
+    flat = _flatten(batch)
+    engine = backend.current()
+    if wants_gradient:
+        outcomes = []
+        loss = _FusedLoss.apply(flat.student, flat, engine, inplace, metrics, outcomes)
+        outcome = outcomes[0]
+    else:
+        outcome = engine.evaluate(flat, None, 1.0, metrics)
+        loss = outcome.loss
+    backend.last_call.text = engine.name + _inplace_note(inplace, wants_gradient)
+    if loss.dim() != 0 and student.dim() != 2:
+        loss = loss.reshape(student.shape[:-1])
+    elif student.dim() == 1 and batch.options.reduction == "none":
+        loss = loss.reshape(())
+    return loss, outcome
+
+
+class _FusedLoss(torch.autograd.Function):
+    """Loss and gradient in one pass, in forward; float16 and reduction="none" run the gradient's pass in backward.
+
+    The old style, forward with ctx: with setup_context a small batch takes 1.7 times as long.
+    """
+
+    @staticmethod
+    def forward(ctx, student, batch, engine, inplace, metrics, outcomes):
+        ctx.options, ctx.engine, ctx.inplace, ctx.used = batch.options, engine, inplace, False
+        # float16: divided by N the gradient underflows before a loss scaler can help; "none": not known yet.
+        ctx.deferred = student.dtype is torch.float16 or batch.options.reduction == "none"
+        gradient = None
+        if not ctx.deferred:
+            gradient = student.detach() if inplace else engine.new_gradient(student)
+        outcome = engine.evaluate(batch, gradient, 1.0, metrics)
+        if inplace and gradient is not None:
+            torch.autograd.graph.increment_version(student)
+        # Everything goes through save_for_backward: attributes of ctx escape torch's check for a freed graph.
+        ctx.save_for_backward(gradient, None if inplace and not ctx.deferred else student, *batch[1:5])
+        outcomes.append(outcome)
+        return outcome.loss
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        gradient, student, *others = ctx.saved_tensors
+        if torch.is_grad_enabled():  # create_graph
+            if ctx.inplace:
+                raise RuntimeError("inplace=True: no second derivative, the logits are overwritten by the gradient")
+            return _second_order(Batch(student, *others, ctx.options), grad_output), *(None,) * 5
+        if ctx.inplace and ctx.used:
+            raise RuntimeError("inplace=True allows one backward: the gradient was handed out already")
+        ctx.used = True
+        if ctx.deferred:
+            gradient = student.detach() if ctx.inplace else ctx.engine.new_gradient(student)
+            scale = float(grad_output) if grad_output.dim() == 0 else grad_output.contiguous()
+            ctx.engine.evaluate(Batch(student.detach(), *others, ctx.options), gradient, scale)
+            if ctx.inplace:
+                torch.autograd.graph.increment_version(student)
+        elif grad_output.item() != 1:
+            gradient = gradient.mul_(grad_output) if ctx.inplace else gradient * grad_output
+        return gradient, *(None,) * 5
+
+
+def _second_order(batch, grad_output):
+    """The gradient as differentiable operations: the fused pass has none, and dropping them silently is wrong."""
+    with torch.enable_grad():
+        loss, _, _ = loss_formula(batch, batch.options.soft_items, batch.options.hard_items)
+        return torch.autograd.grad(loss, batch.student, grad_output, create_graph=True)[0]
+
+
+def _flatten(batch: Batch) -> Batch:
+    """Rows in one dimension, classes next to each other. The reshapes are autograd's business."""
+    student, teacher, labels, sample_weight, class_weight, options = batch
+    if student.dim() == 2 and student.stride(1) == 1:
+        if teacher is not None and teacher.stride(1) != 1:
+            teacher = teacher.contiguous()
+        if labels is not None and not labels.is_contiguous():
+            labels = labels.contiguous()
+        return Batch(student, teacher, labels, sample_weight, class_weight, options)
+    return Batch(
+        _as_rows(student),
+        None if teacher is None else _as_rows(teacher),
+        None if labels is None else labels.reshape(-1).contiguous(),
+        None if sample_weight is None else sample_weight.reshape(-1),
+        class_weight,
+        options,
+    )
+
+
+def _as_rows(logits: Tensor) -> Tensor:
+    if logits.dim() != 2:
+        logits = logits.reshape(-1, logits.shape[-1])
+    return logits if logits.stride(1) == 1 else logits.contiguous()
+
+
+def _inplace_note(inplace, wants_gradient) -> str:
+    if not inplace:
+        return ""
+    return ", gradient in place" if wants_gradient else "; inplace ignored: no gradient is wanted"
+
+
+def _why_formula(batch) -> str | None:
+    """Why the differentiable formula must run instead of the engine; None where it need not."""
+    for tensor in batch[:5]:
+        if tensor is None:
+            continue
+        if type(tensor) is not Tensor and type(tensor) is not torch.nn.Parameter:
+            return f"tensor subclass {type(tensor).__name__}"
+        if tensor.device.type != "cpu":
+            return f"device {tensor.device}"
+    if in_functorch():
+        return "functorch transform"
+    return None
+
+
+def _run_formula(batch, metrics):
+    options = batch.options
+    soft_rows, labelled_rows, weight, labels = counted_rows(batch)
+    if not in_functorch():
+        _check_values(batch)
+    if options.alpha == 1:  # the hard term is not evaluated; its labels only say which rows count
+        labels = None
+    loss, soft, hard = loss_formula(batch, options.soft_items, options.hard_items)
+    nan = float("nan")
+    if not metrics:
+        return loss, Outcome(loss, nan, nan, nan, nan, nan, nan)
+    items = denominators(batch, soft_rows, labelled_rows, weight, labels)
+    best = _first_maximum(batch.student)
+    agreement = accuracy = nan
+    if batch.teacher is not None:
+        agreement = _share((best == _first_maximum(batch.teacher)) & (best >= 0), soft_rows)
+    if batch.labels is not None:
+        accuracy = _share(best == batch.labels, labelled_rows)
+    return loss, Outcome(
+        loss,
+        soft if options.alpha > 0 else torch.full_like(soft, nan),
+        hard if options.alpha < 1 else torch.full_like(hard, nan),
+        agreement,
+        accuracy,
+        items[0] if options.soft_items is None else options.soft_items,
+        items[1] if options.hard_items is None else options.hard_items,
+    )
+
+
+def _first_maximum(logits):
+    """Index of the first maximum; -1 for a row without one (NaN, +inf, -inf throughout)."""
+    logits = logits.detach()
+    return torch.where(logits.amax(-1).isfinite(), logits.argmax(-1), -1)
+
+
+def _share(flags, rows):
+    return (flags & rows).sum() / rows.sum()
+
+
+def _check_values(batch):
+    """What the engine checks while it plans the rows."""
+    if batch.labels is not None:
+        labels = batch.labels.reshape(-1)
+        outside = ((labels < 0) | (labels >= batch.student.shape[-1])) & (labels != batch.options.ignore_index)
+        if outside.any():
+            raise bad_label(batch._replace(labels=labels), int(outside.nonzero()[0]))
+    if batch.sample_weight is not None:
+        weight = batch.sample_weight.reshape(-1)
+        unusable = ~((weight >= 0) & weight.isfinite())
+        if unusable.any():
+            raise bad_weight(batch._replace(sample_weight=weight), int(unusable.nonzero()[0]))
+
+
+def _check_inplace(batch):
+    student, teacher = batch.student, batch.teacher
+    if student.is_leaf:
+        raise ValueError("inplace=True would overwrite student_logits, a leaf that requires a gradient")
+    if _overlaps_itself(student):
+        raise ValueError(
+            f"inplace=True needs rows that do not overlap in memory, got student_logits of shape "
+            f"{tuple(student.shape)} with strides {student.stride()}"
+        )
+    if teacher is not None and _memory(student)[0] < _memory(teacher)[1] and _memory(teacher)[0] < _memory(student)[1]:
+        raise ValueError("inplace=True would overwrite the teacher: teacher and student_logits overlap in memory")
+
+
+def _overlaps_itself(tensor) -> bool:
+    """Whether two indices may share an address: some dimension's stride lies within what the smaller ones span."""
+    span = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1 and stride < span:
+            return True
+        span += stride * max(0, size - 1)
+    return False
+
+
+def _memory(tensor):
+    """First byte, and one past the last."""
+    span = 1 + sum(stride * max(0, size - 1) for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
+    start = tensor.data_ptr()
+    return start, start + span * tensor.element_size()

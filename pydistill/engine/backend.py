@@ -1,0 +1,146 @@
+"""Which backend runs, why, and how to choose another one."""
+
+import os
+import threading
+import warnings
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import lru_cache
+from typing import NamedTuple
+
+from pydistill.engine.compiled import CompiledBackend, load_core
+from pydistill.engine.torch_reference import TorchBackend
+
+NAMES = ("compiled", "numba", "torch")
+
+
+class BackendInfo(NamedTuple):
+    """What runs the loss here and now; see :func:`backend_info`."""
+
+    name: str
+    isa: str | None
+    threads: int
+    reason: str
+    last_call: str
+
+
+class _LastCall(threading.local):
+    text = "no call yet in this thread"
+
+
+last_call = _LastCall()
+_chosen: ContextVar = ContextVar("pydistill_backend", default=None)  # (backend, reason) or None
+
+
+def evaluate(batch, gradient=None, grad_output=1.0, metrics=False):
+    """Run one batch on the current backend: an ``Outcome``.
+
+    Every backend has this function. ``gradient``, if given, is ``(N, C)`` with unit inner stride and the student's
+    dtype; all of it is written, after everything was checked. It may be the student itself. ``grad_output`` is a
+    float, or a tensor ``(N,)`` in the loss's dtype for reduction="none"; it is folded into the gradient.
+    """
+    return current().evaluate(batch, gradient, grad_output, metrics)
+
+
+def current():
+    """The backend object in use."""
+    chosen = _chosen.get()
+    return (chosen or _default())[0]
+
+
+def backend_info() -> BackendInfo:
+    """What runs the loss here and now, and why.
+
+    Returns:
+        BackendInfo: ``name`` ("compiled", "numba" or "torch"), ``isa`` (the compiled variant, None elsewhere),
+        ``threads`` (for a large batch), ``reason`` (why this backend), ``last_call`` (what this thread's latest call
+        ran on: the backend, or the torch formula and why, and whether inplace was taken up).
+
+    Example:
+        >>> import pydistill
+        >>> with pydistill.use_backend("torch"):
+        ...     info = pydistill.backend_info()
+        >>> info.name, info.reason
+        ('torch', 'chosen with use_backend')
+    """
+    backend, reason = _chosen.get() or _default()
+    return BackendInfo(backend.name, backend.isa, backend.threads, reason, last_call.text)
+
+
+@contextmanager
+def use_backend(name: str, *, isa: str | None = None, threads: int | None = None):
+    """Run the loss on another backend within a ``with`` block, in this thread (or asyncio task) only.
+
+    Args:
+        name: "compiled", "numba" or "torch".
+        isa: a variant of the compiled backend, such as "avx2", "baseline" or "portable".
+        threads: for numba, which is serial unless asked; the others use torch's number of threads.
+
+    Raises:
+        ValueError: an unknown name, an ISA that this CPU or build does not have, or an option of another backend.
+        ImportError: the backend is not installed; the message says why.
+
+    Example:
+        >>> import torch, pydistill
+        >>> s, t = torch.randn(4, 10), torch.randn(4, 10)
+        >>> fast = pydistill.distillation_loss(s, t, alpha=1.0)
+        >>> with pydistill.use_backend("torch"):
+        ...     plain = pydistill.distillation_loss(s, t, alpha=1.0)
+        >>> torch.allclose(fast, plain)
+        True
+    """
+    token = _chosen.set((_make(name, isa, threads), "chosen with use_backend"))
+    try:
+        yield
+    finally:
+        _chosen.reset(token)
+
+
+@lru_cache(maxsize=1)
+def _core():
+    return load_core()
+
+
+@lru_cache(maxsize=32)
+def _make(name, isa=None, threads=None):
+    if name not in NAMES:
+        raise ValueError(f"backend must be one of {', '.join(NAMES)}; got {name!r}")
+    if isa is not None and name != "compiled":
+        raise ValueError(f"isa belongs to the compiled backend, got isa={isa!r} with {name!r}")
+    if threads is not None and name != "numba":
+        raise ValueError(f"threads belongs to the numba backend, got threads={threads!r} with {name!r}")
+    if threads is not None and threads < 1:
+        raise ValueError(f"threads must be at least 1, got {threads!r}")
+    if name == "torch":
+        return TorchBackend()
+    if name == "numba":
+        from pydistill.engine.numba_kernels import NumbaBackend  # numba takes a second to import
+
+        return NumbaBackend(threads=threads or 1)
+    core = _core()
+    if isa is not None and isa not in core.ISAS:
+        raise ValueError(f"isa must be one that this CPU and build have ({', '.join(core.ISAS)}); got {isa!r}")
+    return CompiledBackend(core, isa)
+
+
+@lru_cache(maxsize=1)
+def _default():
+    """The environment's choice, else the best that is there. A worse one than compiled is announced once."""
+    name, isa = os.environ.get("PYDISTILL_BACKEND") or None, os.environ.get("PYDISTILL_ISA") or None
+    if name is not None:
+        reason = f"PYDISTILL_BACKEND={name}" + (f", PYDISTILL_ISA={isa}" if isa else "")
+        return _make(name, isa if name == "compiled" else None), reason
+    try:
+        backend = _make("compiled", isa)
+        reason = f"PYDISTILL_ISA={isa}" if isa else f"best of {', '.join(_core().ISAS)} for this CPU"
+        return backend, reason
+    except ImportError as error:
+        missing = str(error)
+    if isa is not None:
+        raise ImportError(f"PYDISTILL_ISA={isa} needs the compiled backend: {missing}")
+    try:
+        backend = _make("numba")
+    except ImportError as error:
+        backend, missing = _make("torch"), f"{missing}; numba: {error}"
+    warnings.warn(f"pydistill runs on its slower {backend.name} backend: {missing}", RuntimeWarning, stacklevel=3)
+    return backend, missing

@@ -1,0 +1,216 @@
+"""Validation, once, at the boundary. What passes here is what every backend may rely on."""
+
+import math
+import warnings
+
+import torch
+from torch import Tensor
+
+from pydistill.engine.batch import Options
+from pydistill.formulas import DIVERGENCES
+from pydistill.soft_targets import SoftTargets
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+REDUCTIONS = ("none", "sum", "mean")
+
+
+def check_options(
+    divergence, beta, temperature, alpha, t_squared, ignore_index, unlabeled, label_smoothing, reduction, num_items
+) -> Options:
+    """Every rule about an option that needs no tensor of the batch."""
+    entry = DIVERGENCES.get(divergence)
+    if entry is None:
+        raise ValueError(f"divergence must be one of {', '.join(DIVERGENCES)}; got {divergence!r}")
+    if beta is not None and entry.beta is None:
+        raise ValueError(f"beta: divergence {divergence!r} has no parameter, got beta={beta!r}")
+    if type(temperature) is not float:
+        temperature = _number("temperature", temperature)
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"temperature must be positive and finite, got {temperature!r}")
+    if type(alpha) is not float:
+        alpha = _number("alpha", alpha)
+    if not 0 <= alpha <= 1:
+        raise ValueError(f"alpha, the weight of the soft term, must be in [0, 1], got {alpha!r}")
+    if not 0 <= label_smoothing <= 1:
+        raise ValueError(f"label_smoothing must be in [0, 1], got {label_smoothing!r}")
+    if unlabeled not in ("skip", "distill"):
+        raise ValueError(f'unlabeled must be "skip" or "distill", got {unlabeled!r}')
+    check_reduction(reduction)
+    soft_items = hard_items = None
+    if num_items is not None:
+        soft_items, hard_items = _check_num_items(num_items, reduction)
+    return Options(
+        divergence,
+        entry.beta if beta is None else beta,
+        temperature,
+        alpha,
+        t_squared,
+        ignore_index,
+        unlabeled,
+        label_smoothing,
+        reduction,
+        soft_items,
+        hard_items,
+    )
+
+
+def check_reduction(reduction):
+    """One of none, sum, mean; kl_div's name for the mean gets a hint."""
+    if reduction == "batchmean":
+        raise ValueError('reduction="batchmean": write "mean"; here it divides by the rows, never by rows * classes')
+    if reduction not in REDUCTIONS:
+        raise ValueError(f'reduction must be "none", "sum" or "mean", got {reduction!r}')
+
+
+def _number(name, value) -> float:
+    if isinstance(value, Tensor):
+        if value.requires_grad:
+            raise TypeError(f"{name} must not require a gradient: none flows into it; pass {name}.detach()")
+        if value.dim() != 0:
+            raise ValueError(f"{name} must be a number or a 0-d tensor, got a tensor of shape {tuple(value.shape)}")
+        return float(value)
+    if isinstance(value, bool) or not hasattr(value, "__float__"):
+        raise TypeError(f"{name} must be a number or a 0-d tensor, got {value!r}")
+    return float(value)
+
+
+def _check_num_items(num_items, reduction):
+    if reduction != "mean":
+        raise ValueError(f'num_items is the denominator of reduction="mean"; got it with reduction={reduction!r}')
+    pair = tuple(num_items) if isinstance(num_items, tuple | list) else (num_items, num_items)
+    if len(pair) != 2:
+        raise ValueError(f"num_items must be a number or a pair (soft, hard), got {num_items!r}")
+    items = tuple(_number("num_items", n) for n in pair)
+    if not all(0 < n < math.inf for n in items):
+        raise ValueError(f"num_items must be positive and finite, got {num_items!r}")
+    return items
+
+
+def check_tensors(student, teacher, labels, sample_weight, class_weight, *, soft: bool, hard: bool):
+    """Types, dtypes, devices and shapes. ``soft`` and ``hard`` say which terms are evaluated; teacher is unwrapped."""
+    if not isinstance(student, Tensor):
+        raise TypeError(f"student_logits must be a tensor, got {type(student).__name__}")
+    if student.dtype not in DTYPES:
+        raise TypeError(f"student_logits must be float32, float64, bfloat16 or float16, got {student.dtype}")
+    if student.dim() == 0 or student.shape[-1] == 0:
+        raise ValueError(
+            f"student_logits must have at least one class in its last dimension, got shape {tuple(student.shape)}"
+        )
+    rows = student.shape[:-1]
+    if soft:
+        if teacher is None:
+            raise ValueError("teacher must be given unless alpha is 0: alpha is the weight of the soft term")
+        teacher = _check_teacher(teacher, student)
+    else:
+        teacher = None
+    if labels is not None:
+        _check_labels(labels, student, rows)
+    elif hard:
+        raise ValueError("labels must be given unless alpha is 1: 1 - alpha is the weight of the hard term")
+    if sample_weight is not None:
+        sample_weight = _check_weight("sample_weight", sample_weight, student, rows)
+    if class_weight is not None:
+        class_weight = _check_weight("class_weight", class_weight, student, student.shape[-1:])
+    return teacher, sample_weight, class_weight
+
+
+def _check_teacher(teacher, student):
+    if isinstance(teacher, SoftTargets):
+        teacher = teacher.logits
+    elif not isinstance(teacher, Tensor):
+        raise TypeError(f"teacher must be a tensor of logits or SoftTargets, got {type(teacher).__name__}")
+    else:
+        _warn_if_probabilities(teacher)
+    if teacher.dtype not in DTYPES:
+        raise TypeError(f"teacher must be float32, float64, bfloat16 or float16, got {teacher.dtype}")
+    if teacher.shape != student.shape:
+        raise ValueError(
+            f"teacher must have the shape of student_logits, got teacher {tuple(teacher.shape)} and "
+            f"student_logits {tuple(student.shape)}"
+        )
+    _check_device("teacher", teacher, student)
+    return teacher
+
+
+def _check_labels(labels, student, rows):
+    if not isinstance(labels, Tensor):
+        raise TypeError(f"labels must be a tensor of class indices, got {type(labels).__name__}")
+    if labels.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"labels must be class indices of dtype int64 or int32, got {labels.dtype}")
+    if labels.shape != rows:
+        hint = ""
+        if student.dim() > 2 and labels.shape == student.shape[:1] + student.shape[2:]:
+            hint = "; if the classes are dimension 1, pass student_logits.movedim(1, -1), and the teacher's likewise"
+        raise ValueError(
+            f"labels must have the shape of student_logits without its last dimension, got labels "
+            f"{tuple(labels.shape)} and student_logits {tuple(student.shape)}{hint}"
+        )
+    _check_device("labels", labels, student)
+
+
+def _check_weight(name, weight, student, shape):
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(weight).__name__}")
+    if weight.requires_grad:
+        raise TypeError(f"{name} must not require a gradient: none flows into it; pass {name}.detach()")
+    if weight.shape != shape:
+        raise ValueError(
+            f"{name} must have shape {tuple(shape)}, got {tuple(weight.shape)} with student_logits "
+            f"{tuple(student.shape)}"
+        )
+    _check_device(name, weight, student)
+    return weight.to(torch.float64 if student.dtype == torch.float64 else torch.float32).contiguous()
+
+
+def _check_device(name, tensor, student):
+    if tensor.device != student.device:
+        raise ValueError(
+            f"{name} and student_logits must be on one device, got {name} on {tensor.device} and student_logits on "
+            f"{student.device}"
+        )
+
+
+_probability_warning_given = False
+
+
+def _warn_if_probabilities(teacher):
+    global _probability_warning_given
+    if _probability_warning_given or torch.compiler.is_compiling() or type(teacher) is not Tensor:
+        return
+    if teacher.device.type != "cpu" or teacher.numel() == 0 or in_functorch():
+        return
+    row = teacher.detach().reshape(-1, teacher.shape[-1])[0].float() if teacher.dim() != 2 else teacher[0].detach()
+    if looks_like_probabilities(row):
+        _probability_warning_given = True
+        warnings.warn(
+            "teacher looks like probabilities (its first row is >= 0 and sums to 1), but a plain tensor is taken as "
+            "logits. Use pydistill.SoftTargets.from_probs(teacher)",
+            UserWarning,
+            stacklevel=4,
+        )
+
+
+def looks_like_probabilities(row) -> bool:
+    """True for a row that is >= 0 and sums to 1; a single class, whose logit may well be 1, tells nothing."""
+    if row.numel() < 2 or row[0] < 0:
+        return False
+    return bool(abs(float(row.sum()) - 1) <= 1e-3) and bool((row >= 0).all())
+
+
+def in_functorch() -> bool:
+    """Whether a functorch transform (grad, vmap, jvp, ...) is active. The only private name of torch in the package."""
+    active = getattr(torch._C, "_are_functorch_transforms_active", None)
+    return active() if active is not None else False
+
+
+def bad_label(batch, row: int):
+    """The error for a label that is neither a class nor ignore_index; ``row`` is the first such row."""
+    classes, label = batch.student.shape[-1], int(batch.labels[row])
+    return IndexError(
+        f"labels must be in [0, {classes}) or ignore_index={batch.options.ignore_index}; row {row} holds {label}"
+    )
+
+
+def bad_weight(batch, row: int):
+    """The error for a sample weight that is negative or not finite."""
+    return ValueError(f"sample_weight must be >= 0 and finite; row {row} holds {float(batch.sample_weight[row])}")

@@ -1,0 +1,139 @@
+"""The compiled backend: hands addresses to the C++ core. The only module that knows its binding."""
+
+import hashlib
+import importlib.metadata
+import importlib.util
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+
+from pydistill.engine.batch import Outcome
+from pydistill.engine.checks import bad_label, bad_weight
+from pydistill.formulas import loss_dtype
+
+_DTYPE = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}  # enum DType
+_REDUCTION = {"none": 0, "sum": 1, "mean": 2}  # enum Reduction
+_HUGE_PAGE_BYTES = 8 << 20  # below, the allocator's own reuse beats fresh huge pages
+
+
+def load_core():
+    """The compiled module: beside this package, or, for a checkout's sources, the installed one if it fits them.
+
+    Raises:
+        ImportError: there is none, or the checkout's csrc/ is not what the installed one was built from.
+    """
+    package = Path(__file__).parents[1]
+    if importlib.util.find_spec("pydistill._core") is not None:
+        from pydistill import _core
+
+        return _core
+    path = _installed_core(package)
+    if path is None:
+        raise ImportError("no compiled module: pydistill was installed without a working C++ compiler")
+    spec = importlib.util.spec_from_file_location("pydistill._core", path)
+    core = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(core)
+    if core.SOURCE_HASH != _hash_of_sources(package.parent / "csrc"):
+        raise ImportError(
+            "the sources in csrc/ are not those that the installed compiled module was built from: pip install ."
+        )
+    return core
+
+
+def _installed_core(package: Path):
+    """Path of the compiled module of the installed distribution, when ``package`` lies in a checkout beside csrc/."""
+    if not (package.parent / "csrc").is_dir():
+        return None
+    try:
+        files = importlib.metadata.distribution("pydistill-kd").files or []
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    return next((f.locate() for f in files if f.name.startswith("_core.") and f.suffix in (".so", ".pyd")), None)
+
+
+def _hash_of_sources(folder: Path) -> str:
+    sources = sorted(p for p in folder.iterdir() if p.suffix in (".cpp", ".hpp", ".def"))
+    hashes = "".join(hashlib.sha256(p.read_bytes()).hexdigest() for p in sources)
+    return hashlib.sha256(hashes.encode()).hexdigest()
+
+
+class CompiledBackend:
+    """Runs batches on one ISA variant of the core, on torch's number of threads."""
+
+    name = "compiled"
+
+    def __init__(self, core, isa: str | None = None):
+        self._core = core
+        self.isa = core.ISAS[0] if isa is None else isa
+        self._variant = core.isa(self.isa)
+        self._options = lru_cache(maxsize=256)(self._make_options)
+
+    @property
+    def threads(self) -> int:
+        """Threads that a large batch runs on: torch's, or one where its pool cannot be used."""
+        return self._core.usable_threads(torch.get_num_threads())
+
+    def _make_options(self, divergence, beta, temperature, alpha, t_squared, ignore_index, unlabeled, smoothing):
+        return self._core.Options(
+            divergence=divergence,
+            beta=0.0 if beta is None else beta,
+            temperature=temperature,
+            alpha=alpha,
+            t_squared=t_squared,
+            ignore_index=ignore_index,
+            distill_unlabeled=unlabeled == "distill",
+            label_smoothing=smoothing,
+        )
+
+    def evaluate(self, batch, gradient=None, grad_output=1.0, metrics=False) -> Outcome:
+        """See :func:`pydistill.engine.backend.evaluate`."""
+        student, teacher, labels, sample_weight, class_weight, options = batch
+        rows, classes = student.shape
+        per_row = options.reduction == "none"
+        loss = soft = hard = None
+        if per_row:
+            loss, soft, hard = student.new_empty(3, rows, dtype=loss_dtype(student))
+        row_grad_output = None if isinstance(grad_output, float) else grad_output
+        result = self._core.run(
+            self._variant,
+            torch.get_num_threads(),
+            self._options(*options[:8]),
+            rows,
+            classes,
+            student.data_ptr(),
+            _DTYPE[student.dtype],
+            student.stride(0),
+            0 if teacher is None else teacher.data_ptr(),
+            0 if teacher is None else _DTYPE[teacher.dtype],
+            0 if teacher is None else teacher.stride(0),
+            0 if labels is None else labels.data_ptr(),
+            labels is not None and labels.dtype is torch.int32,
+            0 if sample_weight is None else sample_weight.data_ptr(),
+            0 if class_weight is None else class_weight.data_ptr(),
+            _REDUCTION[options.reduction],
+            options.soft_items or 0.0,
+            options.hard_items or 0.0,
+            grad_output if row_grad_output is None else 1.0,
+            0 if row_grad_output is None else row_grad_output.data_ptr(),
+            0 if gradient is None else gradient.data_ptr(),
+            0 if gradient is None else gradient.stride(0),
+            0 if loss is None else loss.data_ptr(),
+            0 if soft is None else soft.data_ptr(),
+            0 if hard is None else hard.data_ptr(),
+            metrics,
+        )
+        problem, row = result[:2]
+        if problem:
+            raise (bad_label if problem == 1 else bad_weight)(batch, row)
+        if per_row:
+            return Outcome(loss, soft, hard, *result[5:])
+        return Outcome(torch.tensor(result[2], dtype=loss_dtype(student)), *result[3:])
+
+    def new_gradient(self, student):
+        """An uninitialised buffer for the gradient, on huge pages where that pays."""
+        gradient = torch.empty(student.shape, dtype=student.dtype)
+        size = gradient.numel() * gradient.element_size()
+        if size >= _HUGE_PAGE_BYTES:
+            self._core.advise_huge_pages(gradient.data_ptr(), size)
+        return gradient

@@ -1,0 +1,186 @@
+"""The public loss function."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pydistill.engine import autograd
+from pydistill.engine.batch import Batch
+from pydistill.engine.checks import check_options, check_tensors
+
+
+class LossMetrics(NamedTuple):
+    """What the pass that made the loss also found out; detached, in the loss's dtype.
+
+    Attributes:
+        soft_loss: the soft term, T^2 included, reduced like the loss: ``loss = alpha * soft + (1 - alpha) * hard``.
+        hard_loss: the hard term, reduced like the loss.
+        agreement: share of the rows that count for the soft term in which student and teacher have the same argmax;
+            unweighted. Ties go to the lowest class; a row with NaN disagrees.
+        accuracy: share of the labelled rows that count in which the student's argmax is the label; unweighted.
+        num_items: the denominators (soft, hard) of "mean": what was divided by, or, for "sum" and "none", what "mean"
+            would have divided by.
+
+    A term that is not evaluated, and a share of no rows, is nan.
+    """
+
+    soft_loss: Tensor
+    hard_loss: Tensor
+    agreement: Tensor
+    accuracy: Tensor
+    num_items: tuple[Tensor, Tensor]
+
+
+def distillation_loss(
+    student_logits,
+    teacher=None,
+    labels=None,
+    *,
+    divergence="forward_kl",
+    beta=None,
+    temperature=1.0,
+    alpha=0.5,
+    t_squared=True,
+    ignore_index=-100,
+    unlabeled="skip",
+    sample_weight=None,
+    class_weight=None,
+    label_smoothing=0.0,
+    reduction="mean",
+    num_items=None,
+    inplace=False,
+    return_metrics=False,
+):
+    r"""Knowledge-distillation loss: a divergence from the teacher's softened outputs plus cross-entropy.
+
+    With p = softmax(teacher / T) and q = softmax(student / T), per row, in nats:
+
+    .. math::
+        \text{loss} = \alpha\, T^2 D(p, q) + (1 - \alpha)\, \mathrm{CE}(\mathrm{softmax}(\text{student}), y)
+
+    ``forward_kl`` is D = sum p (log p - log q), the loss of Hinton et al.; ``reverse_kl`` is sum q (log q - log p).
+    Cross-entropy is always at T = 1. **alpha weighs the soft term** (torchdistill's alpha weighs the hard one).
+    Loss and gradient come from one pass over the logits; the teacher is a constant, no gradient flows into it.
+
+    Args:
+        student_logits: ``(..., C)``, classes last; float32, float64, bfloat16 or float16. Any strides; a non-unit
+            stride of the last dimension costs a copy. For classes in dimension 1 pass ``logits.movedim(1, -1)``.
+        teacher: logits ``(..., C)`` of any of these dtypes, or :class:`SoftTargets` (which also takes
+            probabilities). May be None at alpha = 0.
+        labels: class indices ``(...)``, int64 or int32. May be None at alpha = 1.
+        divergence: "forward_kl" or "reverse_kl".
+        beta: the divergence's parameter; neither of these two has one.
+        temperature: T > 0, a float or a 0-d tensor without gradient.
+        alpha: weight of the soft term in [0, 1], a float or a 0-d tensor without gradient. A term whose weight is 0
+            is not evaluated.
+        t_squared: multiply the soft term by T^2, so that its gradient keeps its scale when T changes.
+        ignore_index: rows with this label count for nothing: loss 0 and gradient exactly 0, whatever they hold.
+        unlabeled: "skip", or "distill": rows with the ignored label then keep their soft term and lose only the hard
+            one (unlabelled transfer data; give padding the sample weight 0).
+        sample_weight: ``(...)``, finite and >= 0, on both terms. A row of weight 0 counts for nothing.
+        class_weight: ``(C,)``, on the hard term, as ``weight`` in torch's cross_entropy.
+        label_smoothing: in [0, 1], on the hard term, as in torch's cross_entropy.
+        reduction: "mean", "sum" or "none". Each term has its own weighted mean: the soft one divides by
+            sum w_i, the hard one by sum w_i class_weight[y_i], over the rows that count for it; never by N * C.
+            "none" gives ``(...)``. No row that counts (or no row): 0.
+        num_items: replaces the denominators of "mean": a positive number, a 0-d tensor, or a pair (soft, hard).
+            For gradient accumulation it is the count over all micro-batches; under DistributedDataParallel, which
+            averages over the ranks, the global count divided by the number of ranks.
+        inplace: permission to write the gradient over student_logits' storage, which saves a buffer of its size. The
+            logits must not be needed afterwards: autograd raises if another operation saved them. One backward only.
+            Ignored where no gradient is wanted, and under torch.compile, export and functorch;
+            ``backend_info().last_call`` says what was done.
+        return_metrics: also return :class:`LossMetrics`, from the same pass.
+
+    Returns:
+        Tensor: the loss, float32 (float64 for float64 logits); or ``(loss, LossMetrics)``.
+
+    Raises:
+        ValueError: shapes or devices that disagree, an option outside its range, a missing teacher or labels, a
+            negative or infinite sample weight; with ``inplace``, a leaf, or rows or a teacher that overlap in memory.
+        TypeError: integer logits, labels of another dtype, a temperature, alpha or weight that requires a gradient.
+        IndexError: a label that is neither in [0, C) nor ignore_index; the message names the first such row. Nothing
+            has been written then.
+
+    Numerics: float32 arithmetic within blocks of a row, float64 across them and over rows; log space throughout; bit
+    for bit the same for every number of threads. A class with p = 0 (a teacher logit of -inf) adds the divergence's
+    limit: 0 for forward_kl, +inf for reverse_kl unless q = 0 too. Teachers with exact zeros, such as forests, want
+    forward_kl. Where the student has -inf and the teacher has mass, forward_kl is +inf with a finite gradient.
+    A NaN or +inf logit makes that row NaN.
+
+    Memory: one buffer of the logits' size for the gradient, none with ``inplace``. A backward that starts from a
+    gradient other than 1 makes one more; scale with ``num_items`` instead. For float16 logits and reduction="none"
+    the gradient is computed in backward, so that a loss scaler acts before anything is rounded to float16. Second
+    derivatives, functorch transforms, tensor subclasses and other devices go through a formula of torch operations:
+    right, but with autograd's usual memory.
+
+    Source: Hinton, Vinyals, Dean, "Distilling the Knowledge in a Neural Network", 2015, arXiv:1503.02531.
+
+    Example:
+        >>> import torch, pydistill
+        >>> student_logits = torch.tensor([[1.0, 2.0, 0.5], [0.1, 0.2, 0.3]], requires_grad=True)
+        >>> teacher_logits = torch.tensor([[0.5, 3.0, 0.0], [1.0, 0.0, 2.0]])
+        >>> labels = torch.tensor([1, 2])
+        >>> loss = pydistill.distillation_loss(student_logits, teacher_logits, labels, temperature=2.0, alpha=0.7)
+        >>> loss.backward()
+        >>> print(f"{loss.item():.4f}", student_logits.grad.shape)
+        0.4793 torch.Size([2, 3])
+    """
+    if torch.compiler.is_compiling():
+        from pydistill.engine import library
+
+        return _with_metrics(
+            library.traced_loss(
+                student_logits,
+                teacher,
+                labels,
+                sample_weight,
+                class_weight,
+                divergence=divergence,
+                beta=beta,
+                temperature=temperature,
+                alpha=alpha,
+                t_squared=t_squared,
+                ignore_index=ignore_index,
+                unlabeled=unlabeled,
+                label_smoothing=label_smoothing,
+                reduction=reduction,
+                num_items=num_items,
+                metrics=return_metrics,
+            ),
+            student_logits,
+            return_metrics,
+        )
+    options = check_options(
+        divergence, beta, temperature, alpha, t_squared, ignore_index, unlabeled, label_smoothing, reduction, num_items
+    )
+    teacher, sample_weight, class_weight = check_tensors(
+        student_logits,
+        teacher,
+        labels,
+        sample_weight,
+        class_weight,
+        soft=options.alpha > 0,
+        hard=options.alpha < 1,
+    )
+    batch = Batch(student_logits, teacher, labels, sample_weight, class_weight, options)
+    loss, outcome = autograd.run(batch, inplace, return_metrics)
+    return (loss, _metrics(outcome, student_logits)) if return_metrics else loss
+
+
+def _metrics(outcome, student_logits) -> LossMetrics:
+    dtype = torch.float64 if student_logits.dtype == torch.float64 else torch.float32
+
+    def tensor(x):
+        if isinstance(x, Tensor):
+            x = x.detach().to(dtype)
+            return x.reshape(student_logits.shape[:-1]) if x.dim() == 1 else x
+        return torch.tensor(x, dtype=dtype, device=student_logits.device)
+
+    soft, hard, agreement, accuracy, soft_items, hard_items = map(tensor, outcome[1:])
+    return LossMetrics(soft, hard, agreement, accuracy, (soft_items, hard_items))
+
+
+def _with_metrics(outcome, student_logits, return_metrics):
+    return (outcome.loss, _metrics(outcome, student_logits)) if return_metrics else outcome.loss

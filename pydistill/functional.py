@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pydistill.engine import autograd
+from pydistill.engine import autograd, library
 from pydistill.engine.batch import Batch
 from pydistill.engine.checks import check_options, check_tensors
 
@@ -128,8 +128,6 @@ def distillation_loss(
         0.4793 torch.Size([2, 3])
     """
     if torch.compiler.is_compiling():
-        from pydistill.engine import library
-
         return _with_metrics(
             library.traced_loss(
                 student_logits,

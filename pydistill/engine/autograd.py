@@ -19,7 +19,7 @@ def run(batch: Batch, inplace: bool, metrics: bool):
     wants_gradient = student.requires_grad and torch.is_grad_enabled()
     if inplace and wants_gradient:
         _check_inplace(batch)
-    flat = _flatten(batch)
+    flat = flatten(batch)
     engine = backend.current()
     if wants_gradient:
         outcomes = []
@@ -86,7 +86,7 @@ def _second_order(batch, grad_output):
         return torch.autograd.grad(loss, batch.student, grad_output, create_graph=True)[0]
 
 
-def _flatten(batch: Batch) -> Batch:
+def flatten(batch: Batch) -> Batch:
     """Rows in one dimension, classes next to each other. The reshapes are autograd's business."""
     student, teacher, labels, sample_weight, class_weight, options = batch
     if student.dim() == 2 and student.stride(1) == 1:

@@ -1,0 +1,159 @@
+"""The loss as a torch.library op, for torch.compile and torch.export.
+
+Numbers that a schedule changes (temperature, alpha, num_items) are tensor arguments: a float argument would compile
+anew for every value. The gradient is an op of its own that runs in backward with grad_output folded in: one buffer,
+and no product with a grad_output that a traced graph cannot compare to 1.
+"""
+
+import torch
+from torch import Tensor
+
+from pydistill.engine import backend
+from pydistill.engine.autograd import flatten
+from pydistill.engine.batch import Batch, Outcome
+from pydistill.engine.checks import check_options, check_reduction, check_tensors
+from pydistill.formulas import DIVERGENCES, loss_dtype
+
+_ARGUMENTS = (
+    "Tensor student, Tensor? teacher, Tensor? labels, Tensor? sample_weight, Tensor? class_weight, "
+    "Tensor temperature, Tensor alpha, Tensor? soft_items, Tensor? hard_items, str divergence, float? beta, "
+    "bool t_squared, int ignore_index, str unlabeled, float label_smoothing, str reduction"
+)
+
+
+def traced_loss(
+    student,
+    teacher,
+    labels,
+    sample_weight,
+    class_weight,
+    *,
+    divergence,
+    beta,
+    temperature,
+    alpha,
+    t_squared,
+    ignore_index,
+    unlabeled,
+    label_smoothing,
+    reduction,
+    num_items,
+    metrics,
+) -> Outcome:
+    """What :func:`pydistill.distillation_loss` does while it is traced. Values are checked when the graph runs."""
+    check_reduction(reduction)
+    if divergence not in DIVERGENCES:
+        raise ValueError(f"divergence must be one of {', '.join(DIVERGENCES)}; got {divergence!r}")
+    teacher, sample_weight, class_weight = check_tensors(
+        student, teacher, labels, sample_weight, class_weight, soft=teacher is not None, hard=False
+    )
+    pair = num_items if isinstance(num_items, tuple | list) else (num_items, num_items)
+    soft_items, hard_items = (None if n is None else _scalar("num_items", n, student) for n in pair)
+    outputs = torch.ops.pydistill.distillation_loss(
+        student,
+        teacher,
+        labels,
+        sample_weight,
+        class_weight,
+        _scalar("temperature", temperature, student),
+        _scalar("alpha", alpha, student),
+        soft_items,
+        hard_items,
+        divergence,
+        beta,
+        t_squared,
+        ignore_index,
+        unlabeled,
+        label_smoothing,
+        reduction,
+        metrics,
+    )
+    loss, soft, hard, shares = outputs
+    return Outcome(loss, soft, hard, *shares.unbind())
+
+
+def _scalar(name, value, student) -> Tensor:
+    if isinstance(value, Tensor):
+        if value.requires_grad:
+            raise TypeError(f"{name} must not require a gradient: none flows into it; pass {name}.detach()")
+        return value.to(torch.float64)
+    # A product, since a float in torch.full or torch.tensor is burnt into the graph and compiles anew at each value.
+    return torch.ones((), dtype=torch.float64, device=student.device) * value
+
+
+def _batch(student, teacher, labels, sample_weight, class_weight, temperature, alpha, soft_items, hard_items, *rest):
+    """The op's arguments, now that they have values, checked and flattened."""
+    divergence, beta, t_squared, ignore_index, unlabeled, label_smoothing, reduction = rest
+    num_items = None if soft_items is None else (soft_items, hard_items)
+    options = check_options(
+        divergence, beta, temperature, alpha, t_squared, ignore_index, unlabeled, label_smoothing, reduction, num_items
+    )
+    teacher, sample_weight, class_weight = check_tensors(
+        student,
+        teacher,
+        labels,
+        sample_weight,
+        class_weight,
+        soft=options.alpha > 0,
+        hard=options.alpha < 1,
+    )
+    return flatten(Batch(student.detach(), teacher, labels, sample_weight, class_weight, options))
+
+
+@torch.library.custom_op(
+    "pydistill::distillation_loss",
+    mutates_args=(),
+    schema=f"({_ARGUMENTS}, bool metrics) -> (Tensor, Tensor, Tensor, Tensor)",
+)
+def _loss_op(student, *arguments):
+    """Loss, soft term, hard term, and (agreement, accuracy, soft items, hard items)."""
+    outcome = backend.evaluate(_batch(student, *arguments[:-1]), metrics=arguments[-1])
+    backend.last_call.text = f"{backend.current().name}, through the torch.library op (compile or export)"
+    dtype = loss_dtype(student)
+    rows = outcome.loss.dim() == 1
+
+    def own(x):  # an op's results share no memory
+        x = x.clone() if isinstance(x, Tensor) else torch.tensor(x)
+        return x.to(dtype).reshape(student.shape[:-1]) if rows else x.to(dtype)
+
+    return own(outcome.loss), own(outcome.soft), own(outcome.hard), torch.tensor(outcome[3:], dtype=dtype)
+
+
+@_loss_op.register_fake
+def _(student, *arguments):
+    shape = student.shape[:-1] if arguments[-2] == "none" else ()
+    results = (student.new_empty(shape, dtype=loss_dtype(student)) for _ in range(3))
+    return *results, student.new_empty(4, dtype=loss_dtype(student))
+
+
+@torch.library.custom_op(
+    "pydistill::distillation_loss_backward",
+    mutates_args=(),
+    schema=f"(Tensor grad_output, {_ARGUMENTS}) -> Tensor",
+)
+def _gradient_op(grad_output, student, *arguments):
+    """The gradient of the loss with respect to the student's logits, times grad_output."""
+    batch = _batch(student, *arguments)
+    engine = backend.current()
+    gradient = engine.new_gradient(batch.student)
+    scale = float(grad_output) if batch.options.reduction != "none" else grad_output.reshape(-1).contiguous()
+    engine.evaluate(batch, gradient, scale)
+    return gradient.reshape(student.shape)
+
+
+@_gradient_op.register_fake
+def _(grad_output, student, *arguments):
+    return student.new_empty(student.shape)
+
+
+def _setup_context(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:9])
+    ctx.choices = inputs[9:-1]
+
+
+def _backward(ctx, grad_output, *unused):
+    gradient = torch.ops.pydistill.distillation_loss_backward(grad_output, *ctx.saved_tensors, *ctx.choices)
+    return gradient, *(None,) * (len(ctx.saved_tensors) + len(ctx.choices))
+
+
+_loss_op.register_autograd(_backward, setup_context=_setup_context)

@@ -83,6 +83,10 @@ void advise_huge_pages(uintptr_t start, int64_t bytes) {
 #endif
 }
 
+bool looks_like_probabilities(uintptr_t row, int dtype, int64_t classes) {
+  return sums_to_one({address(row), DType(dtype), classes}, classes);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_core, m) {
@@ -103,5 +107,6 @@ PYBIND11_MODULE(_core, m) {
   m.def("isa", &isa_named, py::return_value_policy::reference);
   m.def("usable_threads", &usable_threads);
   m.def("advise_huge_pages", &advise_huge_pages);
+  m.def("looks_like_probabilities", &looks_like_probabilities);
   m.def("run", &run);
 }

@@ -3,6 +3,7 @@
 #include <cmath>
 #include <limits>
 
+#include "half.hpp"
 #include "parallel.hpp"
 
 namespace pydistill {
@@ -60,9 +61,29 @@ Counts plan_rows(const RowBatch& batch, bool is_double, std::vector<RowPlan>& pl
   return counts;
 }
 
+double element(const Matrix& m, int64_t column) {
+  const char* p = m.at(0, column);
+  switch (m.dtype) {
+    case DType::float32: return *reinterpret_cast<const float*>(p);
+    case DType::float64: return *reinterpret_cast<const double*>(p);
+    case DType::bfloat16: return bfloat_to_float(*reinterpret_cast<const uint16_t*>(p));
+    case DType::float16: return half_to_float(*reinterpret_cast<const uint16_t*>(p));
+  }
+  return kNan;
+}
+
 double quotient(double sum, double items, int64_t rows) { return rows == 0 ? 0 : sum / items; }
 
 }  // namespace
+
+bool sums_to_one(const Matrix& row, int64_t classes) {
+  double sum = 0;
+  for (int64_t j = 0; j < classes; ++j) {
+    const double x = element(row, j);
+    if (!(x >= 0) || (sum += x) > 1.001) return false;  // most rows of logits end here, at once
+  }
+  return classes > 1 && sum >= 0.999;
+}
 
 Evaluation evaluate(const RowBatch& batch, const IsaVariant& isa, int threads, const RowOutputs& out) {
   const LossOptions& options = batch.options;

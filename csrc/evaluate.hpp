@@ -23,6 +23,9 @@ struct RowOutputs {
   void* hard = nullptr;
 };
 
+// Whether a row is >= 0 and sums to 1; a single class, whose logit may well be 1, tells nothing.
+bool sums_to_one(const Matrix& row, int64_t classes);
+
 Evaluation evaluate(const RowBatch& batch, const IsaVariant& isa, int threads, const RowOutputs& rows);
 
 }  // namespace pydistill

@@ -5,9 +5,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pydistill.engine import autograd, library
+from pydistill.engine import autograd, backend, library
 from pydistill.engine.batch import Batch
-from pydistill.engine.checks import check_options, check_tensors
+from pydistill.engine.checks import check_options, check_tensors, warn_if_probabilities
 
 
 class LossMetrics(NamedTuple):
@@ -153,6 +153,8 @@ def distillation_loss(
     options = check_options(
         divergence, beta, temperature, alpha, t_squared, ignore_index, unlabeled, label_smoothing, reduction, num_items
     )
+    if type(teacher) is Tensor and options.alpha > 0:
+        warn_if_probabilities(teacher, backend.current().looks_like_probabilities)
     teacher, sample_weight, class_weight = check_tensors(
         student_logits,
         teacher,

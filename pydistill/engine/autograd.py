@@ -9,6 +9,15 @@ from pydistill.engine.checks import bad_label, bad_weight, in_functorch
 from pydistill.formulas import counted_rows, denominators, loss_formula
 
 
+class _Call:
+    """One call of the loss on its way through autograd, which takes tensors and opaque objects only."""
+
+    __slots__ = ("batch", "engine", "inplace", "metrics", "outcome")
+
+    def __init__(self, batch, engine, inplace, metrics):
+        self.batch, self.engine, self.inplace, self.metrics = batch, engine, inplace, metrics
+
+
 def run(batch: Batch, inplace: bool, metrics: bool):
     """Loss of a checked batch of any number of dimensions: ``(loss, Outcome)``, differentiable in the student."""
     why = _why_formula(batch)
@@ -22,17 +31,15 @@ def run(batch: Batch, inplace: bool, metrics: bool):
     flat = flatten(batch)
     engine = backend.current()
     if wants_gradient:
-        outcomes = []
-        loss = _FusedLoss.apply(flat.student, flat, engine, inplace, metrics, outcomes)
-        outcome = outcomes[0]
+        call = _Call(flat, engine, inplace, metrics)
+        loss = _FusedLoss.apply(flat.student, call)
+        outcome = call.outcome
     else:
         outcome = engine.evaluate(flat, None, 1.0, metrics)
         loss = outcome.loss
-    backend.last_call.text = engine.name + _inplace_note(inplace, wants_gradient)
-    if loss.dim() != 0 and student.dim() != 2:
+    backend.last_call.text = engine.name + _inplace_note(wants_gradient) if inplace else engine.name
+    if batch.options.reduction == "none" and student.dim() != 2:
         loss = loss.reshape(student.shape[:-1])
-    elif student.dim() == 1 and batch.options.reduction == "none":
-        loss = loss.reshape(())
     return loss, outcome
 
 
@@ -43,40 +50,46 @@ class _FusedLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, student, batch, engine, inplace, metrics, outcomes):
-        ctx.options, ctx.engine, ctx.inplace, ctx.used = batch.options, engine, inplace, False
+    def forward(ctx, student, call):
+        batch, engine = call.batch, call.engine
+        ctx.call = call
         # float16: divided by N the gradient underflows before a loss scaler can help; "none": not known yet.
         ctx.deferred = student.dtype is torch.float16 or batch.options.reduction == "none"
         gradient = None
         if not ctx.deferred:
-            gradient = student.detach() if inplace else engine.new_gradient(student)
-        outcome = engine.evaluate(batch, gradient, 1.0, metrics)
-        if inplace and gradient is not None:
+            gradient = student.detach() if call.inplace else engine.new_gradient(student)
+        outcome = call.outcome = engine.evaluate(batch, gradient, 1.0, call.metrics)
+        if call.inplace and gradient is not None:
             torch.autograd.graph.increment_version(student)
-        # Everything goes through save_for_backward: attributes of ctx escape torch's check for a freed graph.
-        ctx.save_for_backward(gradient, None if inplace and not ctx.deferred else student, *batch[1:5])
-        outcomes.append(outcome)
+            student = None
+        # Every tensor goes through save_for_backward: attributes of ctx escape torch's check for a freed graph.
+        ctx.save_for_backward(gradient, student, *batch[1:5])
+        call.batch = batch.options
         return outcome.loss
 
     @staticmethod
     def backward(ctx, grad_output):
         gradient, student, *others = ctx.saved_tensors
+        call = ctx.call
         if torch.is_grad_enabled():  # create_graph
-            if ctx.inplace:
+            if call.inplace:
                 raise RuntimeError("inplace=True: no second derivative, the logits are overwritten by the gradient")
-            return _second_order(Batch(student, *others, ctx.options), grad_output), *(None,) * 5
-        if ctx.inplace and ctx.used:
-            raise RuntimeError("inplace=True allows one backward: the gradient was handed out already")
-        ctx.used = True
+            return _second_order(Batch(student, *others, call.batch), grad_output), None
+        if call.inplace:
+            if call.engine is None:
+                raise RuntimeError("inplace=True allows one backward: the gradient was handed out already")
+            engine, call.engine = call.engine, None
+        else:
+            engine = call.engine
         if ctx.deferred:
-            gradient = student.detach() if ctx.inplace else ctx.engine.new_gradient(student)
+            gradient = student.detach() if call.inplace else engine.new_gradient(student)
             scale = float(grad_output) if grad_output.dim() == 0 else grad_output.contiguous()
-            ctx.engine.evaluate(Batch(student.detach(), *others, ctx.options), gradient, scale)
-            if ctx.inplace:
+            engine.evaluate(Batch(student.detach(), *others, call.batch), gradient, scale)
+            if call.inplace:
                 torch.autograd.graph.increment_version(student)
         elif grad_output.item() != 1:
-            gradient = gradient.mul_(grad_output) if ctx.inplace else gradient * grad_output
-        return gradient, *(None,) * 5
+            gradient = gradient.mul_(grad_output) if call.inplace else gradient * grad_output
+        return gradient, None
 
 
 def _second_order(batch, grad_output):
@@ -111,9 +124,7 @@ def _as_rows(logits: Tensor) -> Tensor:
     return logits if logits.stride(1) == 1 else logits.contiguous()
 
 
-def _inplace_note(inplace, wants_gradient) -> str:
-    if not inplace:
-        return ""
+def _inplace_note(wants_gradient) -> str:
     return ", gradient in place" if wants_gradient else "; inplace ignored: no gradient is wanted"
 
 
@@ -124,7 +135,7 @@ def _why_formula(batch) -> str | None:
             continue
         if type(tensor) is not Tensor and type(tensor) is not torch.nn.Parameter:
             return f"tensor subclass {type(tensor).__name__}"
-        if tensor.device.type != "cpu":
+        if not tensor.is_cpu:
             return f"device {tensor.device}"
     if in_functorch():
         return "functorch transform"

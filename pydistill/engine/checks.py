@@ -92,11 +92,11 @@ def check_tensors(student, teacher, labels, sample_weight, class_weight, *, soft
         raise TypeError(f"student_logits must be a tensor, got {type(student).__name__}")
     if student.dtype not in DTYPES:
         raise TypeError(f"student_logits must be float32, float64, bfloat16 or float16, got {student.dtype}")
-    if student.dim() == 0 or student.shape[-1] == 0:
+    shape = student.shape
+    if not shape or shape[-1] == 0:
         raise ValueError(
-            f"student_logits must have at least one class in its last dimension, got shape {tuple(student.shape)}"
+            f"student_logits must have at least one class in its last dimension, got shape {tuple(shape)}"
         )
-    rows = student.shape[:-1]
     if soft:
         if teacher is None:
             raise ValueError("teacher must be given unless alpha is 0: alpha is the weight of the soft term")
@@ -104,13 +104,13 @@ def check_tensors(student, teacher, labels, sample_weight, class_weight, *, soft
     else:
         teacher = None
     if labels is not None:
-        _check_labels(labels, student, rows)
+        _check_labels(labels, student)
     elif hard:
         raise ValueError("labels must be given unless alpha is 1: 1 - alpha is the weight of the hard term")
     if sample_weight is not None:
-        sample_weight = _check_weight("sample_weight", sample_weight, student, rows)
+        sample_weight = _check_weight("sample_weight", sample_weight, student, shape[:-1])
     if class_weight is not None:
-        class_weight = _check_weight("class_weight", class_weight, student, student.shape[-1:])
+        class_weight = _check_weight("class_weight", class_weight, student, shape[-1:])
     return teacher, sample_weight, class_weight
 
 
@@ -119,8 +119,6 @@ def _check_teacher(teacher, student):
         teacher = teacher.logits
     elif not isinstance(teacher, Tensor):
         raise TypeError(f"teacher must be a tensor of logits or SoftTargets, got {type(teacher).__name__}")
-    else:
-        _warn_if_probabilities(teacher)
     if teacher.dtype not in DTYPES:
         raise TypeError(f"teacher must be float32, float64, bfloat16 or float16, got {teacher.dtype}")
     if teacher.shape != student.shape:
@@ -132,12 +130,12 @@ def _check_teacher(teacher, student):
     return teacher
 
 
-def _check_labels(labels, student, rows):
+def _check_labels(labels, student):
     if not isinstance(labels, Tensor):
         raise TypeError(f"labels must be a tensor of class indices, got {type(labels).__name__}")
     if labels.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"labels must be class indices of dtype int64 or int32, got {labels.dtype}")
-    if labels.shape != rows:
+    if labels.shape != student.shape[:-1]:
         hint = ""
         if student.dim() > 2 and labels.shape == student.shape[:1] + student.shape[2:]:
             hint = "; if the classes are dimension 1, pass student_logits.movedim(1, -1), and the teacher's likewise"
@@ -163,7 +161,7 @@ def _check_weight(name, weight, student, shape):
 
 
 def _check_device(name, tensor, student):
-    if tensor.device != student.device:
+    if not (tensor.is_cpu and student.is_cpu) and tensor.device != student.device:
         raise ValueError(
             f"{name} and student_logits must be on one device, got {name} on {tensor.device} and student_logits on "
             f"{student.device}"
@@ -173,28 +171,25 @@ def _check_device(name, tensor, student):
 _probability_warning_given = False
 
 
-def _warn_if_probabilities(teacher):
+def warn_if_probabilities(teacher, looks_like_probabilities):
+    """Once: a plain tensor is taken as logits, and this one was more likely meant as probabilities."""
     global _probability_warning_given
-    if _probability_warning_given or torch.compiler.is_compiling() or type(teacher) is not Tensor:
+    if _probability_warning_given or not teacher.is_cpu or in_functorch() or teacher.numel() == 0:
         return
-    if teacher.device.type != "cpu" or teacher.numel() == 0 or in_functorch():
-        return
-    row = teacher.detach().reshape(-1, teacher.shape[-1])[0].float() if teacher.dim() != 2 else teacher[0].detach()
-    if looks_like_probabilities(row):
+    if looks_like_probabilities(teacher):
         _probability_warning_given = True
         warnings.warn(
             "teacher looks like probabilities (its first row is >= 0 and sums to 1), but a plain tensor is taken as "
             "logits. Use pydistill.SoftTargets.from_probs(teacher)",
             UserWarning,
-            stacklevel=4,
+            stacklevel=3,
         )
 
 
-def looks_like_probabilities(row) -> bool:
-    """True for a row that is >= 0 and sums to 1; a single class, whose logit may well be 1, tells nothing."""
-    if row.numel() < 2 or row[0] < 0:
-        return False
-    return bool(abs(float(row.sum()) - 1) <= 1e-3) and bool((row >= 0).all())
+def looks_like_probabilities(teacher) -> bool:
+    """Whether the first row is >= 0 and sums to 1. A single class, whose logit may well be 1, tells nothing."""
+    row = teacher.detach().reshape(-1, teacher.shape[-1])[0]
+    return row.numel() > 1 and bool((row >= 0).all()) and abs(float(row.sum()) - 1) <= 1e-3
 
 
 def in_functorch() -> bool:

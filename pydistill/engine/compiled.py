@@ -3,13 +3,12 @@
 import hashlib
 import importlib.metadata
 import importlib.util
-from functools import lru_cache
 from pathlib import Path
 
 import torch
 
 from pydistill.engine.batch import Outcome
-from pydistill.engine.checks import bad_label, bad_weight
+from pydistill.engine.checks import bad_label, bad_weight, looks_like_probabilities
 from pydistill.formulas import loss_dtype
 
 _DTYPE = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}  # enum DType
@@ -67,24 +66,27 @@ class CompiledBackend:
         self._core = core
         self.isa = core.ISAS[0] if isa is None else isa
         self._variant = core.isa(self.isa)
-        self._options = lru_cache(maxsize=256)(self._make_options)
+        self._options = {}  # a schedule changes alpha every step, so it is emptied now and then
 
     @property
     def threads(self) -> int:
         """Threads that a large batch runs on: torch's, or one where its pool cannot be used."""
         return self._core.usable_threads(torch.get_num_threads())
 
-    def _make_options(self, divergence, beta, temperature, alpha, t_squared, ignore_index, unlabeled, smoothing):
-        return self._core.Options(
-            divergence=divergence,
-            beta=0.0 if beta is None else beta,
-            temperature=temperature,
-            alpha=alpha,
-            t_squared=t_squared,
-            ignore_index=ignore_index,
-            distill_unlabeled=unlabeled == "distill",
-            label_smoothing=smoothing,
+    def _make_options(self, options):
+        if len(self._options) > 256:
+            self._options.clear()
+        made = self._options[options] = self._core.Options(
+            divergence=options.divergence,
+            beta=0.0 if options.beta is None else options.beta,
+            temperature=options.temperature,
+            alpha=options.alpha,
+            t_squared=options.t_squared,
+            ignore_index=options.ignore_index,
+            distill_unlabeled=options.unlabeled == "distill",
+            label_smoothing=options.label_smoothing,
         )
+        return made
 
     def evaluate(self, batch, gradient=None, grad_output=1.0, metrics=False) -> Outcome:
         """See :func:`pydistill.engine.backend.evaluate`."""
@@ -98,7 +100,7 @@ class CompiledBackend:
         result = self._core.run(
             self._variant,
             torch.get_num_threads(),
-            self._options(*options[:8]),
+            self._options.get(options) or self._make_options(options),
             rows,
             classes,
             student.data_ptr(),
@@ -128,12 +130,18 @@ class CompiledBackend:
             raise (bad_label if problem == 1 else bad_weight)(batch, row)
         if per_row:
             return Outcome(loss, soft, hard, *result[5:])
-        return Outcome(torch.tensor(result[2], dtype=loss_dtype(student)), *result[3:])
+        return Outcome(torch.scalar_tensor(result[2], dtype=loss_dtype(student)), *result[3:])
+
+    def looks_like_probabilities(self, teacher) -> bool:
+        """As in checks, without the price of four small torch operations."""
+        if teacher.dim() != 2 or teacher.stride(1) != 1 or teacher.dtype not in _DTYPE:
+            return looks_like_probabilities(teacher)
+        return self._core.looks_like_probabilities(teacher.data_ptr(), _DTYPE[teacher.dtype], teacher.shape[1])
 
     def new_gradient(self, student):
         """An uninitialised buffer for the gradient, on huge pages where that pays."""
-        gradient = torch.empty(student.shape, dtype=student.dtype)
-        size = gradient.numel() * gradient.element_size()
+        gradient = torch.empty_like(student)
+        size = gradient.nbytes
         if size >= _HUGE_PAGE_BYTES:
             self._core.advise_huge_pages(gradient.data_ptr(), size)
         return gradient

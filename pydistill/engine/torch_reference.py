@@ -8,7 +8,7 @@ import math
 import torch
 
 from pydistill.engine.batch import Outcome
-from pydistill.engine.checks import bad_label, bad_weight
+from pydistill.engine.checks import bad_label, bad_weight, looks_like_probabilities
 from pydistill.formulas import DIVERGENCES, Point, combine, counted_rows, denominators, loss_dtype
 
 _CHUNK_ELEMENTS = 1 << 18  # a megabyte of float32: what a chunk allocates stays in cache
@@ -19,6 +19,7 @@ class TorchBackend:
 
     name = "torch"
     isa = None
+    looks_like_probabilities = staticmethod(looks_like_probabilities)
 
     @property
     def threads(self) -> int:

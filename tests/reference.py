@@ -1,0 +1,125 @@
+"""float64 formulas written from the definitions, apart from the package's own: the oracle of the tests.
+
+Rows are handled one by one in plain Python and torch float64; no code is shared with pydistill.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+
+def softened(logits, temperature):
+    """Log-probabilities of the row at a temperature, in float64."""
+    z = logits.double() / temperature
+    return z - torch.logsumexp(z, -1, keepdim=True)
+
+
+def row_divergence(name, student, teacher, temperature):
+    """D(p, q) per row in nats, with the limits 0 * log 0 = 0."""
+    log_q, log_p = softened(student, temperature), softened(teacher, temperature)
+    p, q = log_p.exp(), log_q.exp()
+    if name == "forward_kl":
+        weight, difference = p, log_p - log_q
+    elif name == "reverse_kl":
+        weight, difference = q, log_q - log_p
+    else:
+        raise AssertionError(f"the reference does not know {name}")
+    return (weight * difference.masked_fill(weight == 0, 0.0)).sum(-1)
+
+
+def loss(
+    student,
+    teacher=None,
+    labels=None,
+    *,
+    divergence="forward_kl",
+    temperature=1.0,
+    alpha=0.5,
+    t_squared=True,
+    ignore_index=-100,
+    unlabeled="skip",
+    sample_weight=None,
+    class_weight=None,
+    label_smoothing=0.0,
+    reduction="mean",
+    num_items=None,
+):
+    """The loss of ``(N, C)`` logits in float64, differentiable in the student."""
+    student = student.double()
+    n = student.shape[0]
+    w = torch.ones(n, dtype=torch.float64) if sample_weight is None else sample_weight.double()
+    soft_sum, hard_sum = [], []
+    soft_items = hard_items = 0.0
+    soft_counted = hard_counted = 0
+    for i in range(n):
+        labelled = labels is not None and int(labels[i]) != ignore_index
+        zero = student[i].detach().new_zeros(())
+        soft_i = hard_i = zero
+        counts = float(w[i]) != 0 and (labelled or labels is None or unlabeled == "distill")
+        if counts and alpha > 0:
+            d = row_divergence(divergence, student[i : i + 1], teacher[i : i + 1], temperature)[0]
+            soft_i = w[i] * d * (temperature**2 if t_squared else 1)
+        if counts:
+            soft_items, soft_counted = soft_items + float(w[i]), soft_counted + 1
+        if counts and labelled:
+            y = labels[i : i + 1].long()
+            cw = None if class_weight is None else class_weight.double()
+            if alpha < 1:
+                ce = F.cross_entropy(student[i : i + 1], y, cw, label_smoothing=label_smoothing, reduction="none")[0]
+                hard_i = w[i] * ce
+            hard_items += float(w[i]) * (1.0 if cw is None else float(cw[y]))
+            hard_counted += 1
+        soft_sum.append(soft_i)
+        hard_sum.append(hard_i)
+    if not soft_sum:
+        return student.sum() * 0 if reduction != "none" else student.sum(-1)
+    soft, hard = torch.stack(soft_sum), torch.stack(hard_sum)
+    if reduction != "none":
+        soft, hard = soft.sum(), hard.sum()
+    if reduction == "mean":
+        pair = num_items if isinstance(num_items, tuple) else (num_items, num_items)
+        soft = soft / (pair[0] or (soft_items if soft_counted else 1))
+        hard = hard / (pair[1] or (hard_items if hard_counted else 1))
+    return (alpha * soft if alpha > 0 else 0) + ((1 - alpha) * hard if alpha < 1 else 0)
+
+
+def loss_and_gradient(student, *args, grad_output=None, **options):
+    """(loss, gradient) in float64."""
+    leaf = student.detach().double().requires_grad_()
+    value = loss(leaf, *args, **options)
+    value.backward(torch.ones_like(value) if grad_output is None else grad_output.double())
+    return value.detach(), leaf.grad
+
+
+# DESIGN's bounds, per input dtype of the student: of the loss, of the gradient (before the output's own rounding).
+LOSS_BOUND = {torch.float32: 1e-6, torch.bfloat16: 1e-6, torch.float16: 1e-6, torch.float64: 1e-12}
+GRADIENT_BOUND = {torch.float32: 2e-6, torch.bfloat16: 2e-6, torch.float16: 2e-6, torch.float64: 1e-12}
+ROUNDING = {torch.float32: 0.0, torch.float64: 0.0, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
+SMALLEST = {torch.float32: 0.0, torch.float64: 0.0, torch.bfloat16: 0.0, torch.float16: 2.0**-24}
+
+
+def assert_accurate(got_loss, got_gradient, student, teacher, labels, *, temperature, alpha, **options):
+    """Loss and mean-reduced gradient within the bounds of the contract: every row counts once in the scale."""
+    want_loss, want_gradient = loss_and_gradient(
+        student, teacher, labels, temperature=temperature, alpha=alpha, **options
+    )
+    dtype = student.dtype
+    error = abs(float(got_loss) - float(want_loss))
+    assert error <= LOSS_BOUND[dtype] * (abs(float(want_loss)) + alpha * temperature**2), (
+        f"loss off by {error:.3g}: {float(got_loss)} instead of {float(want_loss)}"
+    )
+    if got_gradient is None:
+        return
+    n = student.shape[0]
+    size = 0.0
+    if alpha > 0:
+        q, p = softened(student, temperature).exp(), softened(teacher, temperature).exp()
+        size += alpha * temperature * (float(q.norm()) + float(p.norm()))
+    if alpha < 1:
+        onehot = F.one_hot(labels.long(), student.shape[1]).double()
+        size += (1 - alpha) * float((softened(student, 1.0).exp() - onehot).norm())
+    bound = GRADIENT_BOUND[dtype] * size / n
+    rounding = ROUNDING[dtype] * float(want_gradient.norm()) + SMALLEST[dtype] * math.sqrt(want_gradient.numel())
+    error = float((got_gradient.double() - want_gradient).norm())
+    assert error <= bound + rounding, f"gradient off by {error:.3g}, allowed {bound + rounding:.3g}"

@@ -1,5 +1,5 @@
-// Python's view of the core: addresses and numbers in, numbers out. No decisions here; pydistill/engine/compiled.py
-// allocates, this unpacks, releases the GIL and calls.
+// Python's view of the core: addresses and numbers in, numbers out. No decisions here;
+// pydistill/engine/compiled.py allocates, this unpacks, releases the GIL and calls.
 #include <pybind11/pybind11.h>
 
 #if defined(__linux__)
@@ -68,8 +68,8 @@ py::tuple run(const IsaVariant& isa, int threads, const LossOptions& options, in
     py::gil_scoped_release release;
     r = evaluate(batch, isa, threads, {address(row_loss), address(row_soft), address(row_hard)});
   }
-  return py::make_tuple(int(r.problem), r.problem_row, r.loss, r.soft, r.hard, r.agreement, r.accuracy, r.soft_items,
-                        r.hard_items);
+  return py::make_tuple(int(r.problem), r.problem_row, r.loss, r.soft, r.hard, r.agreement, r.accuracy,
+                        r.soft_items, r.hard_items);
 }
 
 // Fresh pages of 4 KiB cost more than the kernel; ask for large ones before the first write.
@@ -94,13 +94,20 @@ PYBIND11_MODULE(_core, m) {
   watch_forks();
   py::class_<IsaVariant>(m, "Isa").def_property_readonly("name", [](const IsaVariant& isa) { return isa.name; });
   py::class_<LossOptions>(m, "Options")
-      .def(py::init([](const std::string& divergence, double beta, double temperature, double alpha, bool t_squared,
-                       int64_t ignore_index, bool distill_unlabeled, double label_smoothing) {
-             return LossOptions{divergence_named(divergence), beta, temperature, alpha, t_squared, ignore_index,
-                                distill_unlabeled, label_smoothing};
+      .def(py::init([](const std::string& divergence, double beta, double temperature, double alpha,
+                       bool t_squared, int64_t ignore_index, bool distill_unlabeled, double label_smoothing) {
+             return LossOptions{divergence_named(divergence),
+                                beta,
+                                temperature,
+                                alpha,
+                                t_squared,
+                                ignore_index,
+                                distill_unlabeled,
+                                label_smoothing};
            }),
            py::kw_only(), py::arg("divergence"), py::arg("beta"), py::arg("temperature"), py::arg("alpha"),
-           py::arg("t_squared"), py::arg("ignore_index"), py::arg("distill_unlabeled"), py::arg("label_smoothing"));
+           py::arg("t_squared"), py::arg("ignore_index"), py::arg("distill_unlabeled"),
+           py::arg("label_smoothing"));
   m.attr("DIVERGENCES") = divergence_names();
   m.attr("ISAS") = usable_isas();
   m.attr("SOURCE_HASH") = PYDISTILL_SOURCE_HASH;

@@ -7,7 +7,8 @@
 
 namespace pydistill {
 
-using RunRows = void (*)(const RowBatch&, const RowPlan*, RowOutcome*, int64_t begin, int64_t end, bool past_cache);
+using RunRows = void (*)(const RowBatch&, const RowPlan*, RowOutcome*, int64_t begin, int64_t end,
+                         bool past_cache);
 
 struct IsaVariant {
   const char* name;

@@ -64,10 +64,14 @@ Counts plan_rows(const RowBatch& batch, bool is_double, std::vector<RowPlan>& pl
 double element(const Matrix& m, int64_t column) {
   const char* p = m.at(0, column);
   switch (m.dtype) {
-    case DType::float32: return *reinterpret_cast<const float*>(p);
-    case DType::float64: return *reinterpret_cast<const double*>(p);
-    case DType::bfloat16: return bfloat_to_float(*reinterpret_cast<const uint16_t*>(p));
-    case DType::float16: return half_to_float(*reinterpret_cast<const uint16_t*>(p));
+    case DType::float32:
+      return *reinterpret_cast<const float*>(p);
+    case DType::float64:
+      return *reinterpret_cast<const double*>(p);
+    case DType::bfloat16:
+      return bfloat_to_float(*reinterpret_cast<const uint16_t*>(p));
+    case DType::float16:
+      return half_to_float(*reinterpret_cast<const uint16_t*>(p));
   }
   return kNan;
 }
@@ -88,7 +92,7 @@ bool sums_to_one(const Matrix& row, int64_t classes) {
 Evaluation evaluate(const RowBatch& batch, const IsaVariant& isa, int threads, const RowOutputs& out) {
   const LossOptions& options = batch.options;
   const bool is_double = batch.student.dtype == DType::float64;
-  const bool soft = batch.teacher.data != nullptr, hard = options.alpha < 1;
+  const bool soft = options.alpha > 0, hard = options.alpha < 1;
   Evaluation result;
   std::vector<RowPlan> plans(batch.rows);
   const Counts counts = plan_rows(batch, is_double, plans, result);
@@ -137,8 +141,10 @@ Evaluation evaluate(const RowBatch& batch, const IsaVariant& isa, int threads, c
   result.loss = (soft ? options.alpha * soft_sum : 0) + (hard ? (1 - options.alpha) * hard_sum : 0);
   result.soft = soft ? soft_sum : kNan;
   result.hard = hard ? hard_sum : kNan;
-  result.agreement = soft && counts.soft_rows ? double(agree) / double(counts.soft_rows) : kNan;
-  result.accuracy = counts.labelled_rows ? double(correct) / double(counts.labelled_rows) : kNan;
+  result.agreement =
+      batch.want_argmax && soft && counts.soft_rows ? double(agree) / double(counts.soft_rows) : kNan;
+  result.accuracy =
+      batch.want_argmax && counts.labelled_rows ? double(correct) / double(counts.labelled_rows) : kNan;
   return result;
 }
 

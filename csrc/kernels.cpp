@@ -1,9 +1,9 @@
 // The row kernel. Compiled once per ISA, each into a namespace of its own (PYDISTILL_ISA).
 //
-// What it claims, for a row of C classes: one read of the student's and the teacher's logits from memory, one write
-// of the gradient; the exponentials are computed once, against the running maximum, and wait in a scratch row
-// (L2) for the row's sums. forward_kl needs no more than that. The other divergences look at the row once more,
-// in cache, for log p and log q.
+// What it claims, for a row of C classes: one read of the student's and the teacher's logits from memory, one
+// write of the gradient; the exponentials are computed once, against the running maximum, and wait in a scratch
+// row (L2) for the row's sums. forward_kl needs no more than that. The other divergences look at the row once
+// more, in cache, for log p and log q.
 //
 // NaN: a logit of NaN or +inf, or a row of -inf only, makes the sums NaN and with them the row, as in torch.
 #include <algorithm>
@@ -15,6 +15,8 @@
 
 namespace pydistill::PYDISTILL_ISA {
 namespace {
+
+constexpr double kLog2e = 1.4426950408889634;
 
 template <class T>
 class RowKernel {
@@ -82,7 +84,7 @@ RowKernel<T>::RowKernel(const RowBatch& batch, bool past_cache)
     : batch_(batch),
       options_(batch.options),
       class_weight_(static_cast<const T*>(batch.class_weight)),
-      soft_(batch.teacher.data != nullptr),
+      soft_(batch.options.alpha > 0),
       hard_(batch.options.alpha < 1),
       write_(batch.gradient.data != nullptr),
       shortcut_(!soft_ || batch.options.divergence == Divergence::forward_kl),
@@ -116,22 +118,19 @@ const T* RowKernel<T>::read(const Matrix& m, int64_t row, int64_t begin, int n, 
   return buffer;
 }
 
-// The sums refer to max; let them refer to a larger one.
+// The sums refer to the maxima so far; let them refer to new ones. Equal rows rise together: their cross sum stays
+// 0.
 template <class T>
 void RowKernel<T>::rescale(RowState& state, const Running& max) const {
-  constexpr double log2e = 1.4426950408889634;
   Sums& sums = state.sums;
-  if (max.student > state.max.student) {
-    const double rise = double(max.student) - double(state.max.student);
-    sums.student *= std::exp2(-rise * log2e / temperature_);
-    sums.hard *= std::exp2(-rise * log2e);
-    sums.cross += sums.teacher * rise;
-  }
-  if (max.teacher > state.max.teacher) {
-    const double rise = double(max.teacher) - double(state.max.teacher);
-    const double factor = std::exp2(-rise * log2e / temperature_);
+  const double student_rise = double(max.student) - double(state.max.student);
+  const double teacher_rise = double(max.teacher) - double(state.max.teacher);
+  if (student_rise > 0 || teacher_rise > 0) {
+    const double factor = std::exp2(-teacher_rise * kLog2e / temperature_);
+    sums.cross = factor == 0 ? 0 : factor * (sums.cross + sums.teacher * (student_rise - teacher_rise));
     sums.teacher *= factor;
-    sums.cross = factor == 0 ? 0 : sums.cross * factor - sums.teacher * rise;
+    sums.student *= std::exp2(-student_rise * kLog2e / temperature_);
+    sums.hard *= std::exp2(-student_rise * kLog2e);
   }
   state.max = max;
 }
@@ -167,14 +166,22 @@ typename RowKernel<T>::RowState RowKernel<T>::scan(int64_t row) {
     block_max_[b] = max;
     Sums sums;
     switch (hard_exp_) {
-      case HardExp::none: sums = scan_block<HardExp::none, true>(s, t, begin, n, max, row); break;
+      case HardExp::none:
+        sums = scan_block<HardExp::none, true>(s, t, begin, n, max, row);
+        break;
       case HardExp::same:
         sums = soft_ ? scan_block<HardExp::same, true>(s, t, begin, n, max, row)
                      : scan_block<HardExp::same, false>(s, t, begin, n, max, row);
         break;
-      case HardExp::square: sums = scan_block<HardExp::square, true>(s, t, begin, n, max, row); break;
-      case HardExp::fourth: sums = scan_block<HardExp::fourth, true>(s, t, begin, n, max, row); break;
-      case HardExp::own: sums = scan_block<HardExp::own, true>(s, t, begin, n, max, row); break;
+      case HardExp::square:
+        sums = scan_block<HardExp::square, true>(s, t, begin, n, max, row);
+        break;
+      case HardExp::fourth:
+        sums = scan_block<HardExp::fourth, true>(s, t, begin, n, max, row);
+        break;
+      case HardExp::own:
+        sums = scan_block<HardExp::own, true>(s, t, begin, n, max, row);
+        break;
     }
     state.sums.student += sums.student;
     state.sums.teacher += sums.teacher;
@@ -188,22 +195,21 @@ template <class T>
 PointSums RowKernel<T>::second_pass(int64_t row, const RowState& state) {
   const Normaliser<T> z{state.max.student, state.max.teacher, T(std::log(state.sums.student)),
                         T(std::log(state.sums.teacher)), T(1 / temperature_)};
-  constexpr double log2e = 1.4426950408889634;
   PointSums total;
   for (int64_t begin = 0, b = 0; begin < batch_.classes; begin += block, ++b) {
     const int n = count(begin);
     const T* s = read(batch_.student, row, begin, n, student_block_);
     const T* t = read(batch_.teacher, row, begin, n, teacher_block_);
     const auto factor = [&](T block_max, T max, double sum) {
-      return T(std::exp2((double(block_max) - double(max)) * log2e / temperature_) / sum);
+      return T(std::exp2((double(block_max) - double(max)) * kLog2e / temperature_) / sum);
     };
     const T fs = factor(block_max_[b].student, state.max.student, state.sums.student);
     const T ft = factor(block_max_[b].teacher, state.max.teacher, state.sums.teacher);
     PointSums sums;
     switch (options_.divergence) {
-#define DIVERGENCE(name, type)                                                   \
-  case Divergence::name:                                                         \
-    sums = pointwise<type>(s, t, n, z, fs, ft, scratch_at(begin));               \
+#define DIVERGENCE(name, type)                                     \
+  case Divergence::name:                                           \
+    sums = pointwise<type>(s, t, n, z, fs, ft, scratch_at(begin)); \
     break;
 #include "divergences.def"
 #undef DIVERGENCE
@@ -245,7 +251,6 @@ double RowKernel<T>::cross_entropy(int64_t row, const RowPlan& plan, const RowSt
 
 template <class T>
 void RowKernel<T>::write(int64_t row, const RowPlan& plan, const RowState& state, double h_sum) {
-  constexpr double log2e = 1.4426950408889634;
   const Sums& sums = state.sums;
   const double scale = plan.soft_scale * (options_.t_squared ? temperature_ : 1 / temperature_);
   const bool hard = hard_ && plan.label >= 0;
@@ -256,14 +261,16 @@ void RowKernel<T>::write(int64_t row, const RowPlan& plan, const RowState& state
   const double onehot = plan.hard_scale * (1 - smoothing) * label_weight;
   const bool weighted_smoothing = class_weight_ && smoothing > 0;
 
-  const double student = soft_ ? -scale * h_sum / sums.student : 0;
+  // With the shortcut sum h is -1. Otherwise h is centred in scratch, before any factor: where q is near 1 the two
+  // parts cancel, and in float32 only there exactly.
+  const double student = soft_ && shortcut_ ? scale / sums.student : 0;
   const double third = shortcut_ ? -scale / sums.teacher : scale;
   const double hard_factor = hard ? plan.hard_scale * hard_total / sums.hard : 0;
 
   for (int64_t begin = 0, b = 0; begin < batch_.classes; begin += block, ++b) {
     const int n = count(begin);
-    const double student_drop = (double(block_max_[b].student) - double(state.max.student)) * log2e;
-    const double teacher_drop = (double(block_max_[b].teacher) - double(state.max.teacher)) * log2e;
+    const double student_drop = (double(block_max_[b].student) - double(state.max.student)) * kLog2e;
+    const double teacher_drop = (double(block_max_[b].teacher) - double(state.max.teacher)) * kLog2e;
     const double fs = student_drop == 0 ? 1 : std::exp2(student_drop / temperature_);
     const double ft = !shortcut_ || teacher_drop == 0 ? 1 : std::exp2(teacher_drop / temperature_);
     const double fh = student_drop == 0 ? 1 : std::exp2(student_drop);
@@ -275,18 +282,23 @@ void RowKernel<T>::write(int64_t row, const RowPlan& plan, const RowState& state
                        weighted_smoothing ? class_weight_ + begin : nullptr};
     if (hard_exp_ == HardExp::same) by.student = T((student + hard_factor) * fs);
 
+    if (!shortcut_) centre(scratch_at(begin), n, T(fs / sums.student), T(h_sum));
     char* memory = batch_.gradient.at(row, begin);
     const bool direct = batch_.gradient.dtype == (sizeof(T) == 8 ? DType::float64 : DType::float32);
     T* out = direct ? reinterpret_cast<T*>(memory) : out_block_;
     const auto fill = [&](const Scratch<T>& in, int width, bool past_cache, T* to) {
       switch (hard_exp_) {
-        case HardExp::none: return write_gradient<T, HardExp::none, true>(in, width, by, past_cache, to);
+        case HardExp::none:
+          return write_gradient<T, HardExp::none, true>(in, width, by, past_cache, to);
         case HardExp::same:
           return soft_ ? write_gradient<T, HardExp::same, true>(in, width, by, past_cache, to)
                        : write_gradient<T, HardExp::same, false>(in, width, by, past_cache, to);
-        case HardExp::square: return write_gradient<T, HardExp::square, true>(in, width, by, past_cache, to);
-        case HardExp::fourth: return write_gradient<T, HardExp::fourth, true>(in, width, by, past_cache, to);
-        case HardExp::own: return write_gradient<T, HardExp::own, true>(in, width, by, past_cache, to);
+        case HardExp::square:
+          return write_gradient<T, HardExp::square, true>(in, width, by, past_cache, to);
+        case HardExp::fourth:
+          return write_gradient<T, HardExp::fourth, true>(in, width, by, past_cache, to);
+        case HardExp::own:
+          return write_gradient<T, HardExp::own, true>(in, width, by, past_cache, to);
       }
     };
     fill(scratch_at(begin), n, direct && past_cache_, out);
@@ -295,7 +307,7 @@ void RowKernel<T>::write(int64_t row, const RowPlan& plan, const RowState& state
       T at_label;
       if (by.class_weight) by.class_weight = class_weight_ + plan.label;
       fill(scratch_at(plan.label), 1, false, &at_label);
-      out[plan.label - begin] = T(double(at_label) - onehot);
+      out[plan.label - begin] = at_label - T(onehot);
     }
     if constexpr (std::is_same_v<T, float>)
       if (!direct) write_block(out, batch_.gradient.dtype, n, memory);
@@ -317,11 +329,13 @@ RowOutcome RowKernel<T>::run(int64_t row, const RowPlan& plan) {
   const double units = options_.t_squared ? temperature_ * temperature_ : 1;
   double h_sum = -1;
   if (soft_ && shortcut_) {
-    outcome.soft = units * (sums.cross / (sums.teacher * temperature_) + std::log(sums.student) - std::log(sums.teacher));
+    outcome.soft =
+        units * (sums.cross / (sums.teacher * temperature_) + std::log(sums.student) - std::log(sums.teacher));
   } else if (soft_) {
     const PointSums points = second_pass(row, state);
     outcome.soft = units * points.value;
-    h_sum = points.h;
+    // An infinite h (reverse_kl where p is 0): the whole row's gradient is NaN, not a mixture of NaN and inf.
+    h_sum = std::isfinite(points.h) ? points.h : std::numeric_limits<double>::quiet_NaN();
   }
   if (hard_ && plan.label >= 0) outcome.hard = cross_entropy(row, plan, state);
   if (batch_.want_argmax && sums.student > 0) {  // false for NaN

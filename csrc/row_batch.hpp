@@ -13,9 +13,7 @@ enum class Divergence : int {
 #undef DIVERGENCE
 };
 
-inline int64_t size_of(DType dtype) {
-  return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2;
-}
+inline int64_t size_of(DType dtype) { return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2; }
 
 // Rows of `classes` consecutive elements, `stride` elements apart (0: one row shown many times).
 struct Matrix {
@@ -43,7 +41,7 @@ enum class Reduction : int { none, sum, mean };
 
 struct RowBatch {
   int64_t rows = 0, classes = 0;
-  Matrix student, teacher;  // teacher.data is null where the soft term is not evaluated
+  Matrix student, teacher;  // the teacher is not looked at where alpha is 0
   const void* labels = nullptr;
   bool labels_are_int32 = false;
   const void* sample_weight = nullptr;  // in the compute type: double for float64 students, else float
@@ -59,9 +57,9 @@ struct RowBatch {
 
 // What one row needs to know beside its logits; made once, before anything is written.
 struct RowPlan {
-  int64_t label = -1;      // -1: no hard term
-  double weight = 0;       // 0: the row counts for nothing
-  double soft_scale = 0;   // factor of this row's soft term in the gradient
+  int64_t label = -1;     // -1: no hard term
+  double weight = 0;      // 0: the row counts for nothing
+  double soft_scale = 0;  // factor of this row's soft term in the gradient
   double hard_scale = 0;
 };
 

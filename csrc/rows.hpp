@@ -10,9 +10,9 @@ namespace {
 template <class T>
 constexpr int kBlock = 64 * kVecBytes / int(sizeof(float));
 
-// Calls f(j, k, width): `width` vectors from element j on, a constant for the compiler. In pairs of whole vectors, then
-// one by one; k counts the elements of a single vector, fewer than its lanes in the tail and in the `head` that leads
-// to an aligned address.
+// Calls f(j, k, width): `width` vectors from element j on, a constant for the compiler. In pairs of whole vectors,
+// then one by one; k counts the elements of a single vector, fewer than its lanes in the tail and in the `head`
+// that leads to an aligned address.
 template <class T, class F>
 inline void for_each(int n, int head, F f) {
   constexpr int lanes = kLanes<T>;
@@ -136,8 +136,8 @@ struct Normaliser {
   T student_max, teacher_max, student_log, teacher_log, inverse_temperature;
 };
 template <class D, class T>
-inline PointSums pointwise(const T* s, const T* t, int n, const Normaliser<T>& z, T student_factor, T teacher_factor,
-                           const Scratch<T>& scratch) {
+inline PointSums pointwise(const T* s, const T* t, int n, const Normaliser<T>& z, T student_factor,
+                           T teacher_factor, const Scratch<T>& scratch) {
   Vec<T> value = set<T>(0), h_sum = value;
   for_each<T>(n, 0, [&](int start, int k, auto width) {
     const Vec<T> inverse = set<T>(z.inverse_temperature);
@@ -155,6 +155,18 @@ inline PointSums pointwise(const T* s, const T* t, int n, const Normaliser<T>& z
     }
   });
   return {sum(value), sum(h_sum)};
+}
+
+// h_j - q_j * sum h, in place of h.
+template <class T>
+inline void centre(const Scratch<T>& scratch, int n, T student_factor, T h_sum) {
+  for_each<T>(n, 0, [&](int start, int k, auto width) {
+    for (int i = 0; i < width; ++i) {
+      const int j = start + i * kLanes<T>;
+      const Vec<T> q = load(scratch.student + j, k) * set<T>(student_factor);
+      store(scratch.teacher + j, fma(set<T>(-h_sum), q, load(scratch.teacher + j, k)), k);
+    }
+  });
 }
 
 // gradient_j = student * e_j + third * f_j + hard * exp(s_j - max) + constant - smooth * class_weight_j

@@ -105,8 +105,8 @@ inline void store(T* p, Vec<T> a) {
   std::memcpy(p, &a.v, sizeof a.v);
 }
 
-// Tails. first(a, n): the first n lanes of a, 0 in the rest. load_first: the first n lanes from memory, `pad` in the
-// rest. Nothing beyond p[n - 1] is touched, n < kLanes.
+// Tails. first(a, n): the first n lanes of a, 0 in the rest. load_first: the first n lanes from memory, `pad` in
+// the rest. Nothing beyond p[n - 1] is touched, n < kLanes.
 #if defined(__AVX512F__) && !defined(PYDISTILL_PORTABLE)
 inline Vec<float> first(Vec<float> a, int n) { return {_mm512_maskz_mov_ps(__mmask16((1u << n) - 1), a.v)}; }
 inline Vec<double> first(Vec<double> a, int n) { return {_mm512_maskz_mov_pd(__mmask8((1u << n) - 1), a.v)}; }
@@ -117,7 +117,9 @@ inline Vec<double> load_first(const double* p, int n, double pad) {
   return {_mm512_mask_loadu_pd(_mm512_set1_pd(pad), __mmask8((1u << n) - 1), p)};
 }
 inline void store_first(float* p, Vec<float> a, int n) { _mm512_mask_storeu_ps(p, __mmask16((1u << n) - 1), a.v); }
-inline void store_first(double* p, Vec<double> a, int n) { _mm512_mask_storeu_pd(p, __mmask8((1u << n) - 1), a.v); }
+inline void store_first(double* p, Vec<double> a, int n) {
+  _mm512_mask_storeu_pd(p, __mmask8((1u << n) - 1), a.v);
+}
 #else
 #if defined(__AVX2__) && !defined(PYDISTILL_PORTABLE)
 inline __m256i lanes_below(int n, float) {
@@ -230,8 +232,8 @@ inline T maximum(Vec<T> a) {
 // below 2^-126.5 (2^-1022.5), NaN for NaN. `lowest` is lowest_exponent / c, computed once by the caller.
 //
 // n = round(d * c) comes from adding 1.5 * 2^(mantissa bits), which leaves n in the low bits; 2^n is put together
-// from those bits. The remainder d * c - n in [-1/2, 1/2] goes through one fma, so that the product is not rounded.
-// float: minimax polynomial of degree 6, relative error 1.6e-8. double: Taylor of degree 13, 4e-18.
+// from those bits. The remainder d * c - n in [-1/2, 1/2] goes through one fma, so that the product is not
+// rounded. float: minimax polynomial of degree 6, relative error 1.6e-8. double: Taylor of degree 13, 4e-18.
 template <class T>
 struct Exp2;
 template <>
@@ -239,7 +241,7 @@ struct Exp2<float> {
   static constexpr float round_magic = 12582912.0f;
   static constexpr int mantissa_bits = 23;
   static constexpr float lowest_exponent = -127.0f;
-  static constexpr float coefficient[] = {1.0f,          0x1.62e43p-1f,  0x1.ebfbdap-3f, 0x1.c6aed4p-5f,
+  static constexpr float coefficient[] = {1.0f,           0x1.62e43p-1f,   0x1.ebfbdap-3f, 0x1.c6aed4p-5f,
                                           0x1.3b2dbcp-7f, 0x1.5f456ap-10f, 0x1.41d334p-13f};
 };
 template <>
@@ -271,7 +273,8 @@ inline Vec<T> power_of_two(Vec<T> shifted) {
   return {(Register<T>)(((Bits)shifted.v << Exp2<T>::mantissa_bits) + bias)};
 }
 
-// N arguments in step: one polynomial is a chain of dependent instructions, and a CPU's scheduler holds few chains.
+// N arguments in step: one polynomial is a chain of dependent instructions, and a CPU's scheduler holds few
+// chains.
 template <int N, class T>
 inline void exp2(const Vec<T> (&d)[N], Vec<T> c, Vec<T> lowest, Vec<T> (&result)[N]) {
   using E = Exp2<T>;
@@ -281,7 +284,8 @@ inline void exp2(const Vec<T> (&d)[N], Vec<T> c, Vec<T> lowest, Vec<T> (&result)
   for (int i = 0; i < N; ++i) f[i] = max(lowest, d[i]);
   for (int i = 0; i < N; ++i) shifted[i] = fma(f[i], c, magic);
   for (int i = 0; i < N; ++i) f[i] = fma(f[i], c, magic - shifted[i]);
-  for (int i = 0; i < N; ++i) result[i] = fma(f[i], set<T>(E::coefficient[degree]), set<T>(E::coefficient[degree - 1]));
+  for (int i = 0; i < N; ++i)
+    result[i] = fma(f[i], set<T>(E::coefficient[degree]), set<T>(E::coefficient[degree - 1]));
   for (int k = degree - 2; k >= 0; --k)
     for (int i = 0; i < N; ++i) result[i] = fma(result[i], f[i], set<T>(E::coefficient[k]));
   for (int i = 0; i < N; ++i) result[i] = result[i] * power_of_two(shifted[i]);
@@ -324,9 +328,12 @@ template <class T>
 inline void read_block(const char* from, DType dtype, int n, T* to) {
   char* out = reinterpret_cast<char*>(to);
   switch (dtype) {
-    case DType::float32: return convert<T, float>(from, out, n, [](float x) { return x; });
-    case DType::float64: return convert<T, double>(from, out, n, [](double x) { return x; });
-    case DType::bfloat16: return convert<T, uint16_t>(from, out, n, bfloat_to_float);
+    case DType::float32:
+      return convert<T, float>(from, out, n, [](float x) { return x; });
+    case DType::float64:
+      return convert<T, double>(from, out, n, [](double x) { return x; });
+    case DType::bfloat16:
+      return convert<T, uint16_t>(from, out, n, bfloat_to_float);
     case DType::float16: {
       int done = 0;
       if constexpr (std::is_same_v<T, float>) done = convert_half_vectors(from, to, n);

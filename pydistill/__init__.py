@@ -13,12 +13,13 @@ else:
         "Run: pip uninstall pydistill pydistill-kd && pip install pydistill-kd"
     )
 
-import torch  # noqa: E402, F401  before the compiled core, so that both use torch's OpenMP pool
+import torch  # noqa: F401  before the compiled core, so that both use torch's OpenMP pool
 
-from pydistill.engine.backend import BackendInfo, backend_info, use_backend  # noqa: E402
-from pydistill.functional import LossMetrics, distillation_loss  # noqa: E402
-from pydistill.losses import DistillationLoss  # noqa: E402
-from pydistill.soft_targets import SoftTargets  # noqa: E402
+from pydistill.engine.backend import BackendInfo, backend_info, use_backend
+from pydistill.functional import LossMetrics, distillation_loss
+from pydistill.losses import DistillationLoss
+from pydistill.soft_targets import SoftTargets
+from pydistill.trainer import Trainer
 
 try:
     __version__ = _metadata.version("pydistill-kd")
@@ -30,6 +31,7 @@ __all__ = [
     "DistillationLoss",
     "LossMetrics",
     "SoftTargets",
+    "Trainer",
     "backend_info",
     "distillation_loss",
     "use_backend",

@@ -8,6 +8,7 @@ from torch import Tensor
 from pydistill.engine import autograd, backend, library
 from pydistill.engine.batch import Batch
 from pydistill.engine.checks import check_options, check_tensors, warn_if_probabilities
+from pydistill.formulas import loss_dtype
 
 
 class LossMetrics(NamedTuple):
@@ -170,15 +171,16 @@ def distillation_loss(
 
 
 def _metrics(outcome, student_logits) -> LossMetrics:
-    dtype = torch.float64 if student_logits.dtype == torch.float64 else torch.float32
-
-    def tensor(x):
-        if isinstance(x, Tensor):
-            x = x.detach().to(dtype)
-            return x.reshape(student_logits.shape[:-1]) if x.dim() == 1 else x
-        return torch.tensor(x, dtype=dtype, device=student_logits.device)
-
-    soft, hard, agreement, accuracy, soft_items, hard_items = map(tensor, outcome[1:])
+    dtype = loss_dtype(student_logits)
+    values = outcome[1:]
+    if any(isinstance(x, Tensor) for x in values):
+        rows = student_logits.shape[:-1]
+        values = [torch.as_tensor(x, dtype=dtype, device=student_logits.device).detach() for x in values]
+        soft, hard, agreement, accuracy, soft_items, hard_items = (
+            x.reshape(rows) if x.dim() == 1 and x.shape != rows else x for x in values
+        )
+    else:  # one tensor for the six: a small batch notices
+        soft, hard, agreement, accuracy, soft_items, hard_items = torch.tensor(values, dtype=dtype).unbind()
     return LossMetrics(soft, hard, agreement, accuracy, (soft_items, hard_items))
 
 

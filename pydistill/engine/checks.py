@@ -94,9 +94,7 @@ def check_tensors(student, teacher, labels, sample_weight, class_weight, *, soft
         raise TypeError(f"student_logits must be float32, float64, bfloat16 or float16, got {student.dtype}")
     shape = student.shape
     if not shape or shape[-1] == 0:
-        raise ValueError(
-            f"student_logits must have at least one class in its last dimension, got shape {tuple(shape)}"
-        )
+        raise ValueError(f"student_logits must have at least one class in its last dimension, got shape {tuple(shape)}")
     if soft:
         if teacher is None:
             raise ValueError("teacher must be given unless alpha is 0: alpha is the weight of the soft term")

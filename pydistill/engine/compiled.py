@@ -33,7 +33,7 @@ def load_core():
     spec = importlib.util.spec_from_file_location("pydistill._core", path)
     core = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(core)
-    if core.SOURCE_HASH != _hash_of_sources(package.parent / "csrc"):
+    if _hash_of_sources(package.parent / "csrc") != core.SOURCE_HASH:
         raise ImportError(
             "the sources in csrc/ are not those that the installed compiled module was built from: pip install ."
         )

@@ -73,6 +73,8 @@ class TorchBackend:
         loss = torch.as_tensor(combine(options.alpha, soft, hard), dtype=dtype)
         soft = soft if soft_on else torch.full_like(soft, math.nan)
         hard = hard if hard_on else torch.full_like(hard, math.nan)
+        if options.reduction != "none":
+            soft, hard = float(soft), float(hard)
         return Outcome(loss, soft, hard, agreement, accuracy, soft_items, hard_items)
 
     def new_gradient(self, student):
@@ -88,7 +90,9 @@ def _soft_term(s, t, options):
     point = Point(log_p.exp(), log_q.exp(), log_p, log_q)
     units = options.temperature**2 if options.t_squared else 1.0
     h = divergence.d_log_q(point, options.beta)
-    gradient = (h - point.q * h.sum(-1, keepdim=True)) * (units / options.temperature)
+    h_sum = h.sum(-1, keepdim=True)
+    h_sum = torch.where(h_sum.isfinite(), h_sum, math.nan)  # an infinite h: the whole row's gradient is NaN
+    gradient = (h - point.q * h_sum) * (units / options.temperature)
     return units * divergence.value(point, options.beta).sum(-1), gradient
 
 

@@ -31,7 +31,7 @@ from numba.extending import intrinsic, overload
 
 from pydistill import formulas
 from pydistill.engine.batch import Outcome
-from pydistill.engine.checks import bad_label, bad_weight
+from pydistill.engine.checks import bad_label, bad_weight, looks_like_probabilities
 from pydistill.formulas import DIVERGENCES, Point, combine, loss_dtype
 
 _BLOCK = 512  # elements: four arrays of a block fit in L1 together
@@ -508,7 +508,8 @@ def _second_pass(divergence):
             )
             value += float(of_block[0])
             h_sum += float(of_block[1])
-        return value, h_sum
+        # An infinite h (reverse_kl where p is 0): the whole row's gradient is NaN, not a mixture of NaN and inf.
+        return value, h_sum if math.isfinite(h_sum) else math.nan
 
     return _njit(second_pass, on_disk=False)
 
@@ -574,6 +575,7 @@ class NumbaBackend:
 
     name = "numba"
     isa = None
+    looks_like_probabilities = staticmethod(looks_like_probabilities)
 
     def __init__(self, threads: int = 1):
         """``threads``: how many share the rows of a large batch."""

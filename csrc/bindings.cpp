@@ -69,7 +69,7 @@ py::tuple run(const IsaVariant& isa, int threads, const LossOptions& options, in
     r = evaluate(batch, isa, threads, {address(row_loss), address(row_soft), address(row_hard)});
   }
   return py::make_tuple(int(r.problem), r.problem_row, r.loss, r.soft, r.hard, r.agreement, r.accuracy,
-                        r.soft_items, r.hard_items);
+                        r.soft_items, r.hard_items, r.teacher_sums_to_one);
 }
 
 // Fresh pages of 4 KiB cost more than the kernel; ask for large ones before the first write.
@@ -81,10 +81,6 @@ void advise_huge_pages(uintptr_t start, int64_t bytes) {
 #else
   (void)start, (void)bytes;
 #endif
-}
-
-bool looks_like_probabilities(uintptr_t row, int dtype, int64_t classes) {
-  return sums_to_one({address(row), DType(dtype), classes}, classes);
 }
 
 }  // namespace
@@ -114,6 +110,5 @@ PYBIND11_MODULE(_core, m) {
   m.def("isa", &isa_named, py::return_value_policy::reference);
   m.def("usable_threads", &usable_threads);
   m.def("advise_huge_pages", &advise_huge_pages);
-  m.def("looks_like_probabilities", &looks_like_probabilities);
   m.def("run", &run);
 }

@@ -76,10 +76,7 @@ double element(const Matrix& m, int64_t column) {
   return kNan;
 }
 
-double quotient(double sum, double items, int64_t rows) { return rows == 0 ? 0 : sum / items; }
-
-}  // namespace
-
+// A single class, whose logit may well be 1, tells nothing.
 bool sums_to_one(const Matrix& row, int64_t classes) {
   double sum = 0;
   for (int64_t j = 0; j < classes; ++j) {
@@ -89,6 +86,10 @@ bool sums_to_one(const Matrix& row, int64_t classes) {
   return classes > 1 && sum >= 0.999;
 }
 
+double quotient(double sum, double items, int64_t rows) { return rows == 0 ? 0 : sum / items; }
+
+}  // namespace
+
 Evaluation evaluate(const RowBatch& batch, const IsaVariant& isa, int threads, const RowOutputs& out) {
   const LossOptions& options = batch.options;
   const bool is_double = batch.student.dtype == DType::float64;
@@ -97,6 +98,7 @@ Evaluation evaluate(const RowBatch& batch, const IsaVariant& isa, int threads, c
   std::vector<RowPlan> plans(batch.rows);
   const Counts counts = plan_rows(batch, is_double, plans, result);
   if (result.problem != Problem::none) return result;
+  result.teacher_sums_to_one = soft && batch.rows > 0 && sums_to_one(batch.teacher, batch.classes);
 
   result.soft_items = batch.soft_items > 0 ? batch.soft_items : counts.soft_items;
   result.hard_items = batch.hard_items > 0 ? batch.hard_items : counts.hard_items;

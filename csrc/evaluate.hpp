@@ -14,6 +14,7 @@ struct Evaluation {
   double loss = 0, soft = 0, hard = 0;
   double agreement = 0, accuracy = 0;
   double soft_items = 0, hard_items = 0;
+  bool teacher_sums_to_one = false;  // the first row: perhaps probabilities were passed as logits
 };
 
 // Per-row results, in the compute type, for reduction="none"; null otherwise.
@@ -22,9 +23,6 @@ struct RowOutputs {
   void* soft = nullptr;
   void* hard = nullptr;
 };
-
-// Whether a row is >= 0 and sums to 1; a single class, whose logit may well be 1, tells nothing.
-bool sums_to_one(const Matrix& row, int64_t classes);
 
 Evaluation evaluate(const RowBatch& batch, const IsaVariant& isa, int threads, const RowOutputs& rows);
 

@@ -329,8 +329,7 @@ RowOutcome RowKernel<T>::run(int64_t row, const RowPlan& plan) {
   const double units = options_.t_squared ? temperature_ * temperature_ : 1;
   double h_sum = -1;
   if (soft_ && shortcut_) {
-    outcome.soft =
-        units * (sums.cross / (sums.teacher * temperature_) + std::log(sums.student) - std::log(sums.teacher));
+    outcome.soft = units * (sums.cross / (sums.teacher * temperature_) + std::log(sums.student / sums.teacher));
   } else if (soft_) {
     const PointSums points = second_pass(row, state);
     outcome.soft = units * points.value;

@@ -5,9 +5,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pydistill.engine import autograd, backend, library
+from pydistill.engine import autograd, library
 from pydistill.engine.batch import Batch
-from pydistill.engine.checks import check_options, check_tensors, warn_if_probabilities
+from pydistill.engine.checks import check_options, check_tensors, warn_of_probabilities
 from pydistill.formulas import loss_dtype
 
 
@@ -126,7 +126,7 @@ def distillation_loss(
         >>> loss = pydistill.distillation_loss(student_logits, teacher_logits, labels, temperature=2.0, alpha=0.7)
         >>> loss.backward()
         >>> print(f"{loss.item():.4f}", student_logits.grad.shape)
-        0.4793 torch.Size([2, 3])
+        0.4104 torch.Size([2, 3])
     """
     if torch.compiler.is_compiling():
         return _with_metrics(
@@ -154,9 +154,7 @@ def distillation_loss(
     options = check_options(
         divergence, beta, temperature, alpha, t_squared, ignore_index, unlabeled, label_smoothing, reduction, num_items
     )
-    if type(teacher) is Tensor and options.alpha > 0:
-        warn_if_probabilities(teacher, backend.current().looks_like_probabilities)
-    teacher, sample_weight, class_weight = check_tensors(
+    logits, sample_weight, class_weight = check_tensors(
         student_logits,
         teacher,
         labels,
@@ -165,14 +163,16 @@ def distillation_loss(
         soft=options.alpha > 0,
         hard=options.alpha < 1,
     )
-    batch = Batch(student_logits, teacher, labels, sample_weight, class_weight, options)
+    batch = Batch(student_logits, logits, labels, sample_weight, class_weight, options)
     loss, outcome = autograd.run(batch, inplace, return_metrics)
+    if outcome.teacher_sums_to_one and type(teacher) is Tensor:
+        warn_of_probabilities()
     return (loss, _metrics(outcome, student_logits)) if return_metrics else loss
 
 
 def _metrics(outcome, student_logits) -> LossMetrics:
     dtype = loss_dtype(student_logits)
-    values = outcome[1:]
+    values = outcome[1:7]
     if any(isinstance(x, Tensor) for x in values):
         rows = student_logits.shape[:-1]
         values = [torch.as_tensor(x, dtype=dtype, device=student_logits.device).detach() for x in values]

@@ -65,7 +65,7 @@ class DistillationLoss(torch.nn.Module):
     def extra_repr(self) -> str:
         """The options that differ from their defaults."""
         shown = {name: getattr(self, name) for name in _DEFAULTS}
-        return ", ".join(f"{name}={value!r}" for name, value in shown.items() if value is not _DEFAULTS[name])
+        return ", ".join(f"{k}={v!r}" for k, v in shown.items() if isinstance(v, Tensor) or v != _DEFAULTS[k])
 
 
 _DEFAULTS = distillation_loss.__kwdefaults__

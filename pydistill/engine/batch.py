@@ -41,7 +41,8 @@ class Outcome(NamedTuple):
     """What a backend found out about a batch. Tensors ``(N,)`` under reduction="none", where else numbers stand.
 
     soft and hard are NaN where the term is not evaluated; agreement and accuracy where no row tells, or where they
-    were not asked for. The items are the denominators of "mean".
+    were not asked for. The items are the denominators of "mean". teacher_sums_to_one: the teacher's first row is >= 0
+    and sums to 1, so that perhaps probabilities were passed as logits.
     """
 
     loss: Tensor
@@ -51,3 +52,4 @@ class Outcome(NamedTuple):
     accuracy: float
     soft_items: float
     hard_items: float
+    teacher_sums_to_one: bool

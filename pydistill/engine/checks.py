@@ -169,12 +169,10 @@ def _check_device(name, tensor, student):
 _probability_warning_given = False
 
 
-def warn_if_probabilities(teacher, looks_like_probabilities):
+def warn_of_probabilities():
     """Once: a plain tensor is taken as logits, and this one was more likely meant as probabilities."""
     global _probability_warning_given
-    if _probability_warning_given or not teacher.is_cpu or in_functorch() or teacher.numel() == 0:
-        return
-    if looks_like_probabilities(teacher):
+    if not _probability_warning_given:
         _probability_warning_given = True
         warnings.warn(
             "teacher looks like probabilities (its first row is >= 0 and sums to 1), but a plain tensor is taken as "
@@ -184,10 +182,12 @@ def warn_if_probabilities(teacher, looks_like_probabilities):
         )
 
 
-def looks_like_probabilities(teacher) -> bool:
+def sums_to_one(teacher) -> bool:
     """Whether the first row is >= 0 and sums to 1. A single class, whose logit may well be 1, tells nothing."""
+    if teacher is None or teacher.numel() == 0 or teacher.shape[-1] == 1:
+        return False
     row = teacher.detach().reshape(-1, teacher.shape[-1])[0]
-    return row.numel() > 1 and bool((row >= 0).all()) and abs(float(row.sum()) - 1) <= 1e-3
+    return bool((row >= 0).all()) and abs(float(row.sum(dtype=torch.float64)) - 1) <= 1e-3
 
 
 def in_functorch() -> bool:

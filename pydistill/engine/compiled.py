@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from pydistill.engine.batch import Outcome
-from pydistill.engine.checks import bad_label, bad_weight, looks_like_probabilities
+from pydistill.engine.checks import bad_label, bad_weight
 from pydistill.formulas import loss_dtype
 
 _DTYPE = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}  # enum DType
@@ -131,12 +131,6 @@ class CompiledBackend:
         if per_row:
             return Outcome(loss, soft, hard, *result[5:])
         return Outcome(torch.scalar_tensor(result[2], dtype=loss_dtype(student)), *result[3:])
-
-    def looks_like_probabilities(self, teacher) -> bool:
-        """As in checks, without the price of four small torch operations."""
-        if teacher.dim() != 2 or teacher.stride(1) != 1 or teacher.dtype not in _DTYPE:
-            return looks_like_probabilities(teacher)
-        return self._core.looks_like_probabilities(teacher.data_ptr(), _DTYPE[teacher.dtype], teacher.shape[1])
 
     def new_gradient(self, student):
         """An uninitialised buffer for the gradient, on huge pages where that pays."""

@@ -69,7 +69,7 @@ def traced_loss(
         metrics,
     )
     loss, soft, hard, shares = outputs
-    return Outcome(loss, soft, hard, *shares.unbind())
+    return Outcome(loss, soft, hard, *shares.unbind(), False)
 
 
 def _scalar(name, value, student) -> Tensor:
@@ -116,7 +116,7 @@ def _loss_op(student, *arguments):
         x = x.clone() if isinstance(x, Tensor) else torch.tensor(x)
         return x.to(dtype).reshape(student.shape[:-1]) if rows else x.to(dtype)
 
-    return own(outcome.loss), own(outcome.soft), own(outcome.hard), torch.tensor(outcome[3:], dtype=dtype)
+    return own(outcome.loss), own(outcome.soft), own(outcome.hard), torch.tensor(outcome[3:7], dtype=dtype)
 
 
 @_loss_op.register_fake

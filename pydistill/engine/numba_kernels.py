@@ -31,7 +31,7 @@ from numba.extending import intrinsic, overload
 
 from pydistill import formulas
 from pydistill.engine.batch import Outcome
-from pydistill.engine.checks import bad_label, bad_weight, looks_like_probabilities
+from pydistill.engine.checks import bad_label, bad_weight, sums_to_one
 from pydistill.formulas import DIVERGENCES, Point, combine, loss_dtype
 
 _BLOCK = 512  # elements: four arrays of a block fit in L1 together
@@ -575,7 +575,6 @@ class NumbaBackend:
 
     name = "numba"
     isa = None
-    looks_like_probabilities = staticmethod(looks_like_probabilities)
 
     def __init__(self, threads: int = 1):
         """``threads``: how many share the rows of a large batch."""
@@ -655,7 +654,7 @@ def _plan_rows(batch, grad_output):
     scale = weight * (grad_output.detach().numpy() if isinstance(grad_output, torch.Tensor) else grad_output)
     with np.errstate(all="ignore"):  # 0 / 0 where no row counts for a term
         soft_scale = options.alpha * scale / (items[0] if mean else 1)
-        hard_scale = (1 - options.alpha) * scale / (items[1] if mean else 1)
+        hard_scale = np.where(label >= 0, (1 - options.alpha) * scale / (items[1] if mean else 1), 0)
     return _Plan(label, weight, soft_scale, hard_scale), items
 
 
@@ -763,4 +762,4 @@ def _reduce(batch, plan, found, items, metrics):
         agreement = float(found.agree.sum() / counted.sum())
     if metrics and labelled.any():
         accuracy = float(found.correct.sum() / labelled.sum())
-    return Outcome(loss, soft, hard, agreement, accuracy, float(items[0]), float(items[1]))
+    return Outcome(loss, soft, hard, agreement, accuracy, float(items[0]), float(items[1]), sums_to_one(batch.teacher))

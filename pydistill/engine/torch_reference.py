@@ -1,6 +1,8 @@
 """The torch backend: values and h of formulas.py over chunks of rows. No autograd, first order, small buffers.
 
 Slower than the other two, but the same results wherever torch runs; and the plainest statement of what they do.
+Everything is float64: torch's float32 log_softmax, shifted only after the division by T and summed in float32, misses
+the bounds that the other two keep, seven times over in a peaked row of 130,000 classes.
 """
 
 import math
@@ -8,10 +10,10 @@ import math
 import torch
 
 from pydistill.engine.batch import Outcome
-from pydistill.engine.checks import bad_label, bad_weight, looks_like_probabilities
+from pydistill.engine.checks import bad_label, bad_weight, sums_to_one
 from pydistill.formulas import DIVERGENCES, Point, combine, counted_rows, denominators, loss_dtype
 
-_CHUNK_ELEMENTS = 1 << 18  # a megabyte of float32: what a chunk allocates stays in cache
+_CHUNK_ELEMENTS = 1 << 17  # a megabyte of float64: what a chunk allocates stays in cache
 
 
 class TorchBackend:
@@ -19,7 +21,6 @@ class TorchBackend:
 
     name = "torch"
     isa = None
-    looks_like_probabilities = staticmethod(looks_like_probabilities)
 
     @property
     def threads(self) -> int:
@@ -46,10 +47,10 @@ class TorchBackend:
         for start in range(0, len(student), step):
             rows = slice(start, start + step)
             counted = (soft_rows | labelled_rows)[rows].unsqueeze(-1)
-            s = torch.where(counted, student[rows].to(dtype), 0)
+            s = torch.where(counted, student[rows].double(), 0)
             g = torch.zeros_like(s)
             if soft_on:
-                t = torch.where(counted, batch.teacher[rows].to(dtype), 0)
+                t = torch.where(counted, batch.teacher[rows].double(), 0)
                 value, h = _soft_term(s, t, options)
                 soft[rows] = torch.where(soft_rows[rows], weight[rows] * value, 0)
                 g += torch.where(soft_rows[rows], soft_scale[rows], 0).unsqueeze(-1) * h
@@ -75,7 +76,7 @@ class TorchBackend:
         hard = hard if hard_on else torch.full_like(hard, math.nan)
         if options.reduction != "none":
             soft, hard = float(soft), float(hard)
-        return Outcome(loss, soft, hard, agreement, accuracy, soft_items, hard_items)
+        return Outcome(loss, soft, hard, agreement, accuracy, soft_items, hard_items, sums_to_one(batch.teacher))
 
     def new_gradient(self, student):
         """An uninitialised buffer for the gradient."""

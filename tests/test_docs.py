@@ -1,0 +1,49 @@
+"""The examples in the docstrings and in the README run, and every public name documents itself."""
+
+import doctest
+import importlib
+import pkgutil
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+import torch
+
+import pydistill
+
+ROOT = Path(__file__).parents[1]
+# numba's module is imported only where that backend is used; _core is not Python.
+MODULES = [m.name for m in pkgutil.walk_packages(pydistill.__path__, "pydistill.") if "_core" not in m.name]
+
+
+@pytest.mark.parametrize("name", [m for m in MODULES if not m.endswith("__main__")])
+def test_docstring_examples(name):
+    failed, _ = doctest.testmod(importlib.import_module(name), optionflags=doctest.ELLIPSIS)
+    assert failed == 0
+
+
+@pytest.mark.parametrize("name", [n for n in pydistill.__all__ if n not in ("BackendInfo", "LossMetrics")])
+def test_public_names_have_examples(name):
+    assert ">>>" in getattr(pydistill, name).__doc__
+
+
+def test_readme_code_runs(capsys):
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert len(blocks) == 2
+    for block in blocks:
+        namespace = {}
+        exec(compile(block, "README.md", "exec"), namespace)
+    assert torch.isfinite(namespace["trainer"].predict(torch.tensor(namespace["X_test"]))).all()
+    assert 0.8 < float(re.search(r"0\.\d+", capsys.readouterr().out)[0]) <= 1.0
+
+
+def test_readme_commands_install_what_they_need():
+    readme = (ROOT / "README.md").read_text()
+    assert "pip install -c constraints.txt '.[demo]' && pydistill demo" in readme
+    assert "pip install -c constraints.txt '.[test]' && pytest" in readme
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert {"demo", "test"} <= project["optional-dependencies"].keys()
+    pinned = {line.split("==")[0] for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line}
+    wanted = {*project["dependencies"], *project["optional-dependencies"]["demo"]}
+    assert {re.split(r"[<>=]", name)[0] for name in wanted} <= pinned

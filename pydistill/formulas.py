@@ -67,8 +67,7 @@ def loss_formula(batch, soft_items=None, hard_items=None):
     if batch.teacher is not None:
         teacher = torch.where(soft_rows.unsqueeze(-1), batch.teacher.detach().to(dtype), 0)
         divergence = DIVERGENCES[options.divergence]
-        log_q = (student / options.temperature).log_softmax(-1)
-        log_p = (teacher / options.temperature).log_softmax(-1)
+        log_q, log_p = log_softened(student, options.temperature), log_softened(teacher, options.temperature)
         value = divergence.value(Point(log_p.exp(), log_q.exp(), log_p, log_q), options.beta).sum(-1)
         units = options.temperature**2 if options.t_squared else 1
         soft = torch.where(soft_rows, weight * units * value, zero)
@@ -92,6 +91,11 @@ def combine(alpha, soft, hard):
         soft, hard = torch.where(alpha == 0, 0, soft), torch.where(alpha == 1, 0, hard)
         return alpha * soft + (1 - alpha) * hard
     return (alpha * soft if alpha > 0 else 0) + ((1 - alpha) * hard if alpha < 1 else 0)
+
+
+def log_softened(logits, temperature):
+    """``log_softmax(logits / T)``. Shifted before the division, which would round large logits: 1e-5 lost at 1e4."""
+    return ((logits - logits.detach().amax(-1, keepdim=True)) / temperature).log_softmax(-1)
 
 
 def loss_dtype(student):

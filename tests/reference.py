@@ -10,8 +10,9 @@ import torch.nn.functional as F
 
 
 def softened(logits, temperature):
-    """Log-probabilities of the row at a temperature, in float64."""
-    z = logits.double() / temperature
+    """Log-probabilities of the row at a temperature, in float64; shifted first, or large logits lose digits."""
+    z = logits.double()
+    z = (z - z.detach().amax(-1, keepdim=True)) / temperature
     return z - torch.logsumexp(z, -1, keepdim=True)
 
 

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from pydistill.engine import backend
 from pydistill.engine.batch import Batch, Outcome
-from pydistill.engine.checks import bad_label, bad_weight, in_functorch
+from pydistill.engine.checks import check_rows, in_functorch
 from pydistill.formulas import counted_rows, denominators, loss_formula
 
 
@@ -160,8 +160,8 @@ def _why_formula(batch) -> str | None:
 def _run_formula(batch, metrics):
     options = batch.options
     soft_rows, labelled_rows, weight, labels = counted_rows(batch)
-    if not in_functorch():
-        _check_values(batch)
+    if not in_functorch() and not batch.student.is_meta:  # neither has values to look at
+        check_rows(batch)
     if options.alpha == 1:  # the hard term is not evaluated; its labels only say which rows count
         labels = None
     loss, soft, hard = loss_formula(batch, options.soft_items, options.hard_items)
@@ -172,9 +172,9 @@ def _run_formula(batch, metrics):
     best = _first_maximum(batch.student)
     agreement = accuracy = nan
     if batch.teacher is not None:
-        agreement = _share((best == _first_maximum(batch.teacher)) & (best >= 0), soft_rows)
+        agreement = _share((best == _first_maximum(batch.teacher)) & (best >= 0), soft_rows, loss.dtype)
     if batch.labels is not None:
-        accuracy = _share(best == batch.labels, labelled_rows)
+        accuracy = _share(best == batch.labels, labelled_rows, loss.dtype)
     return loss, Outcome(
         loss,
         soft if options.alpha > 0 else torch.full_like(soft, nan),
@@ -193,28 +193,17 @@ def _first_maximum(logits):
     return torch.where(logits.amax(-1).isfinite(), logits.argmax(-1), -1)
 
 
-def _share(flags, rows):
-    return (flags & rows).sum() / rows.sum()
-
-
-def _check_values(batch):
-    """What the engine checks while it plans the rows."""
-    if batch.labels is not None:
-        labels = batch.labels.reshape(-1)
-        outside = ((labels < 0) | (labels >= batch.student.shape[-1])) & (labels != batch.options.ignore_index)
-        if outside.any():
-            raise bad_label(batch._replace(labels=labels), int(outside.nonzero()[0]))
-    if batch.sample_weight is not None:
-        weight = batch.sample_weight.reshape(-1)
-        unusable = ~((weight >= 0) & weight.isfinite())
-        if unusable.any():
-            raise bad_weight(batch._replace(sample_weight=weight), int(unusable.nonzero()[0]))
+def _share(flags, rows, dtype):
+    return (flags & rows).sum().to(dtype) / rows.sum()
 
 
 def _check_inplace(batch):
     student, teacher = batch.student, batch.teacher
-    if student.is_leaf:
-        raise ValueError("inplace=True would overwrite student_logits, a leaf that requires a gradient")
+    base = student._base  # of a view
+    if student.is_leaf or (base is not None and base.is_leaf and base.requires_grad):
+        raise ValueError(
+            "inplace=True would overwrite student_logits, a leaf (or a view of one) that requires a gradient"
+        )
     if _overlaps_itself(student):
         raise ValueError(
             f"inplace=True needs rows that do not overlap in memory, got student_logits of shape "

@@ -196,6 +196,22 @@ def in_functorch() -> bool:
     return active() if active is not None else False
 
 
+def check_rows(batch):
+    """The first row whose label is out of range or whose weight is unusable is an error; by torch operations."""
+    labels, weight = (None if x is None else x.reshape(-1) for x in (batch.labels, batch.sample_weight))
+    bad_labels = bad_weights = torch.zeros((), dtype=torch.bool)
+    if labels is not None:
+        outside = (labels < 0) | (labels >= batch.student.shape[-1])
+        bad_labels = outside & (labels != batch.options.ignore_index)
+    if weight is not None:
+        bad_weights = ~((weight >= 0) & weight.isfinite())
+    bad = bad_labels | bad_weights
+    if bad.any():
+        row = int(bad.nonzero()[0])
+        error = bad_label if labels is not None and bad_labels[row] else bad_weight
+        raise error(batch._replace(labels=labels, sample_weight=weight), row)
+
+
 def bad_label(batch, row: int):
     """The error for a label that is neither a class nor ignore_index; ``row`` is the first such row."""
     classes, label = batch.student.shape[-1], int(batch.labels[row])

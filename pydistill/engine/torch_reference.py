@@ -10,7 +10,7 @@ import math
 import torch
 
 from pydistill.engine.batch import Outcome
-from pydistill.engine.checks import bad_label, bad_weight, sums_to_one
+from pydistill.engine.checks import check_rows, sums_to_one
 from pydistill.formulas import DIVERGENCES, Point, combine, counted_rows, denominators, loss_dtype
 
 _CHUNK_ELEMENTS = 1 << 17  # a megabyte of float64: what a chunk allocates stays in cache
@@ -30,7 +30,7 @@ class TorchBackend:
     @torch.no_grad()
     def evaluate(self, batch, gradient=None, grad_output=1.0, metrics=False) -> Outcome:
         """See :func:`pydistill.engine.backend.evaluate`."""
-        _check_rows(batch)
+        check_rows(batch)
         options, student = batch.options, batch.student
         soft_on, hard_on = batch.teacher is not None, options.alpha < 1
         dtype = loss_dtype(student)
@@ -125,18 +125,3 @@ def _items(batch, soft_rows, labelled_rows, weight, labels):
     soft = float(counted[0]) if soft_rows.any() else 0.0
     hard = float(counted[1]) if labelled_rows.any() and labels is not None else 0.0
     return options.soft_items or soft, options.hard_items or hard
-
-
-def _check_rows(batch):
-    """The first row whose label is out of range or whose weight is unusable is an error, as in the other backends."""
-    bad = torch.zeros(len(batch.student), dtype=torch.bool)
-    if batch.labels is not None:
-        outside = (batch.labels < 0) | (batch.labels >= batch.student.shape[-1])
-        bad_labels = outside & (batch.labels != batch.options.ignore_index)
-        bad |= bad_labels
-    if batch.sample_weight is not None:
-        bad |= ~((batch.sample_weight >= 0) & batch.sample_weight.isfinite())
-    if not bad.any():
-        return
-    row = int(bad.nonzero()[0])
-    raise (bad_label if batch.labels is not None and bad_labels[row] else bad_weight)(batch, row)

@@ -1,0 +1,363 @@
+"""The autograd boundary: derivatives of both orders, what is saved, and the gradient written in place."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from reference import assert_accurate, loss, loss_and_gradient
+from torch.autograd import gradcheck, gradgradcheck
+
+import pydistill
+from pydistill.formulas import DIVERGENCES
+
+N, C = 4, 5
+LABELS = torch.tensor([1, 4, -100, 0])
+OPTIONS = {
+    "plain": {},
+    "soft alone": {"alpha": 1.0, "temperature": 2.5},
+    "hard alone": {"alpha": 0.0},
+    "no t_squared": {"t_squared": False, "temperature": 4.0},
+    "unlabelled": {"unlabeled": "distill", "temperature": 2.0},
+    "weights": {
+        "sample_weight": torch.tensor([1.0, 0.5, 2.0, 0.0], dtype=torch.float64),
+        "class_weight": torch.tensor([1.0, 3.0, 0.5, 0.0, 2.0], dtype=torch.float64),
+        "label_smoothing": 0.2,
+        "temperature": 0.5,
+    },
+}
+every_option = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+every_divergence = pytest.mark.parametrize("divergence", DIVERGENCES)
+every_reduction = pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+every_dtype = pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=lambda dtype: str(dtype)[6:]
+)
+
+
+def logits(dtype=torch.float64, n=N, c=C):
+    """A student that requires a gradient, and a teacher."""
+    return torch.randn(n, c, dtype=dtype, requires_grad=True), torch.randn(n, c, dtype=dtype)
+
+
+def computed(leaf):
+    """Logits as a network gives them: not a leaf, with memory of their own."""
+    return leaf * 1
+
+
+def distill(student, teacher, **options):
+    return pydistill.distillation_loss(student, teacher, LABELS, **options)
+
+
+def close(got, want):
+    tolerance = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}[got.dtype]
+    torch.testing.assert_close(got, want.to(got.dtype), rtol=tolerance, atol=tolerance)
+
+
+class TestDerivatives:
+    @every_divergence
+    @every_reduction
+    @every_option
+    def test_first_order(self, variant, divergence, reduction, options):
+        student, teacher = logits()
+        assert gradcheck(lambda s: distill(s, teacher, divergence=divergence, reduction=reduction, **options), student)
+
+    @every_divergence
+    @every_reduction
+    @every_option
+    def test_second_order(self, divergence, reduction, options):
+        student, teacher = logits()
+        assert gradgradcheck(
+            lambda s: distill(s, teacher, divergence=divergence, reduction=reduction, **options), student
+        )
+
+    @every_divergence
+    @every_reduction
+    @every_dtype
+    def test_gradient_penalty(self, variant, divergence, reduction, dtype):
+        """A loss with the norm of its own gradient, which once silently lost the second derivative."""
+        student, teacher = logits(dtype)
+
+        def penalised(value, s):
+            (g,) = torch.autograd.grad(value.sum(), s, create_graph=True)
+            return value.sum() + g.square().sum()
+
+        options = {"divergence": divergence, "reduction": reduction, "temperature": 2.0, "alpha": 0.7}
+        penalised(distill(student, teacher, **options), student).backward()
+        exact = student.detach().double().requires_grad_()
+        penalised(loss(exact, teacher, LABELS, **options), exact).backward()
+        close(student.grad, exact.grad)
+
+    def test_third_order(self):
+        student, teacher = logits()
+        exact = student.detach().clone().requires_grad_()
+        thirds = []
+        for s, value in ((student, distill(student, teacher)), (exact, loss(exact, teacher, LABELS))):
+            for _ in range(3):
+                (value,) = torch.autograd.grad(value.square().sum(), s, create_graph=True)
+            thirds.append(value)
+        close(*thirds)
+
+
+class TestBackward:
+    @every_reduction
+    @every_dtype
+    def test_grad_output_other_than_one(self, variant, reduction, dtype):
+        student, teacher = logits(dtype)
+        value = distill(student, teacher, reduction=reduction)
+        grad_output = torch.tensor([3.0, -2.0, 5.0, 0.5]) if reduction == "none" else torch.tensor(-2.5)
+        value.backward(grad_output.to(value.dtype))
+        _, want = loss_and_gradient(student, teacher, LABELS, reduction=reduction, grad_output=grad_output)
+        close(student.grad, want)
+
+    @pytest.mark.parametrize(
+        "make", [lambda g: g.expand(4), lambda g: torch.stack([g] * 8)[::2]], ids=["expanded", "strided"]
+    )
+    def test_grad_output_of_any_strides(self, variant, make):
+        student, teacher = logits(torch.float32)
+        distill(student, teacher, reduction="none").backward(make(torch.tensor(3.0)))
+        close(student.grad, 3 * loss_and_gradient(student, teacher, LABELS, reduction="sum")[1])
+
+    @every_reduction
+    @every_dtype
+    def test_retain_graph(self, variant, reduction, dtype):
+        """The saved gradient is not scaled in place: a scaled backward leaves the next one right."""
+        student, teacher = logits(dtype)
+        value = distill(student, teacher, reduction=reduction)
+        gradients = [
+            torch.autograd.grad(value, student, k * torch.ones_like(value), retain_graph=True)[0] for k in (1, 8, 1)
+        ]
+        assert torch.equal(gradients[1], 8 * gradients[0])
+        assert torch.equal(gradients[2], gradients[0])
+
+    @every_reduction
+    @every_dtype
+    @pytest.mark.parametrize("inplace", [False, True])
+    def test_twice_without_retain_graph(self, variant, reduction, dtype, inplace):
+        leaf, teacher = logits(dtype)
+        value = distill(computed(leaf), teacher, reduction=reduction, inplace=inplace).sum()
+        value.backward()
+        with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+            value.backward()
+
+    def test_two_losses_add_up(self, variant):
+        student, teacher = logits()
+        (distill(student, teacher) + 2 * distill(student, teacher, divergence="reverse_kl")).backward()
+        _, first = loss_and_gradient(student, teacher, LABELS)
+        _, second = loss_and_gradient(student, teacher, LABELS, divergence="reverse_kl")
+        close(student.grad, first + 2 * second)
+
+    def test_hooks_that_modify(self, variant):
+        student, teacher = logits()
+        value = distill(student, teacher)
+        value.register_hook(lambda g: 3 * g)
+        student.register_hook(lambda g: g + 1)
+        value.backward()
+        close(student.grad, 3 * loss_and_gradient(student, teacher, LABELS)[1] + 1)
+
+    @pytest.mark.parametrize("inplace", [False, True])
+    def test_upstream_layers(self, variant, inplace):
+        net = torch.nn.Sequential(torch.nn.Linear(7, 6), torch.nn.Tanh(), torch.nn.Linear(6, C)).double()
+        inputs, teacher = torch.randn(N, 7, dtype=torch.float64), torch.randn(N, C, dtype=torch.float64)
+        parameters = list(net.parameters())
+        got = torch.autograd.grad(distill(net(inputs), teacher, inplace=inplace), parameters)
+        want = torch.autograd.grad(loss(net(inputs), teacher, LABELS), parameters)
+        for g, w in zip(got, want, strict=True):
+            close(g, w)
+
+    @pytest.mark.parametrize("inplace", [False, True])
+    def test_logits_of_any_shape_and_strides(self, variant, inplace):
+        """Classes in dimension 1, moved last: a non-unit inner stride."""
+        leaf = torch.randn(2, C, 2, dtype=torch.float64, requires_grad=True)
+        teacher = torch.randn(2, C, 2, dtype=torch.float64)
+        student = computed(leaf).movedim(1, -1)
+        value = pydistill.distillation_loss(student, teacher.movedim(1, -1), LABELS.reshape(2, 2), inplace=inplace)
+        value.backward()
+        rows = [x.detach().movedim(1, -1).reshape(4, C) for x in (leaf, teacher)]
+        close(leaf.grad.movedim(1, -1).reshape(4, C), loss_and_gradient(*rows, LABELS)[1])
+
+
+class TestNoGradient:
+    def test_no_grad(self, variant):
+        student, teacher = logits()
+        with torch.no_grad():
+            value = distill(student, teacher)
+        assert not value.requires_grad
+        close(value, loss(student, teacher, LABELS))
+
+    def test_student_without_a_gradient(self, variant):
+        student, teacher = logits()
+        value = distill(student.detach(), teacher.requires_grad_())
+        assert not value.requires_grad
+        close(value, loss(student, teacher, LABELS))
+
+    @every_reduction
+    @pytest.mark.parametrize("create_graph", [False, True])
+    def test_teacher_gets_none(self, variant, reduction, create_graph):
+        student, teacher = logits()
+        teacher.requires_grad_()
+        value = distill(student, 2 * teacher, reduction=reduction).sum()
+        got, nothing = torch.autograd.grad(value, (student, teacher), create_graph=create_graph, allow_unused=True)
+        assert nothing is None
+        close(got.detach(), loss_and_gradient(student, 2 * teacher.detach(), LABELS, reduction=reduction)[1])
+
+    def test_metrics_are_detached(self, variant):
+        student, teacher = logits()
+        _, metrics = distill(student, teacher, return_metrics=True)
+        assert not any(x.requires_grad for x in (*metrics[:4], *metrics.num_items))
+
+
+class TestInPlace:
+    @every_reduction
+    @every_dtype
+    @every_divergence
+    def test_equals_the_other_and_shares_the_storage(self, variant, reduction, dtype, divergence):
+        leaf, teacher = logits(dtype)
+        grad_output = torch.tensor([1.0, -2.0, 3.0, 0.5]) if reduction == "none" else torch.tensor(2.0)
+        gradients = []
+        for inplace in (False, True):
+            student = computed(leaf)
+            value = distill(student, teacher, reduction=reduction, divergence=divergence, inplace=inplace)
+            gradients += torch.autograd.grad(value, student, grad_output.to(value.dtype))
+            assert (gradients[-1].data_ptr() == student.data_ptr()) is inplace
+        assert pydistill.backend_info().last_call == f"{variant[0]}, gradient in place"
+        torch.testing.assert_close(*gradients, rtol=2 * torch.finfo(dtype).eps, atol=0)
+        assert torch.equal(student, gradients[1])
+
+    @every_reduction
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+    def test_autograd_notices_that_another_operation_needed_the_logits(self, variant, reduction, dtype):
+        leaf, teacher = logits(dtype)
+        student = computed(leaf)
+        version, other = student._version, student.square().sum()
+        value = distill(student, teacher, reduction=reduction, inplace=True).sum()
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            # Deferred to backward for float16 and "none": there the other operation must come second to notice.
+            torch.autograd.backward([value, other])
+        assert student._version > version
+
+    def test_producer_that_needs_its_result(self, variant):
+        leaf, teacher = logits(torch.float32)
+        value = distill(leaf.exp(), teacher, inplace=True)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            value.backward()
+
+    @every_reduction
+    @every_dtype
+    def test_one_backward_only(self, variant, reduction, dtype):
+        leaf, teacher = logits(dtype)
+        value = distill(computed(leaf), teacher, reduction=reduction, inplace=True).sum()
+        value.backward(retain_graph=True)
+        # The second message is torch's own, where the logits were saved for the pass in backward.
+        with pytest.raises(RuntimeError, match=r"inplace=True allows one backward|modified by an inplace operation"):
+            value.backward()
+
+    @every_reduction
+    @every_dtype
+    def test_no_second_derivative(self, variant, reduction, dtype):
+        leaf, teacher = logits(dtype)
+        value = distill(computed(leaf), teacher, reduction=reduction, inplace=True).sum()
+        with pytest.raises(RuntimeError, match="inplace=True: no second derivative"):
+            torch.autograd.grad(value, leaf, create_graph=True)
+
+    @pytest.mark.parametrize(
+        ("student", "teacher", "message"),
+        [
+            (lambda x: x.detach().requires_grad_(), None, "a leaf that requires a gradient"),
+            (lambda x: x[:1].expand(N, C), None, r"do not overlap in memory.*strides \(0, 1\)"),
+            (lambda x: x.as_strided((N, C), (1, 1)), None, r"do not overlap in memory.*strides \(1, 1\)"),
+            (lambda x: x.as_strided((N, C), (C - 1, 1)), None, r"do not overlap in memory.*strides \(4, 1\)"),
+            (lambda x: x, lambda x: x.detach(), "overwrite the teacher"),
+            (lambda x: x[:N], lambda x: x.detach()[1 : N + 1], "overwrite the teacher"),
+            (lambda x: x[:N], lambda x: pydistill.SoftTargets.from_logits(x[:N]), "overwrite the teacher"),
+        ],
+    )
+    def test_memory_that_must_not_be_written(self, variant, student, teacher, message):
+        buffer = computed(torch.randn(N if teacher is None else N + 1, C, requires_grad=True))
+        kept = buffer.detach().clone()
+        student = student(buffer)
+        teacher = torch.randn(student.shape) if teacher is None else teacher(buffer)
+        labels = torch.zeros(len(student), dtype=torch.int64)
+        with pytest.raises(ValueError, match=message):
+            pydistill.distillation_loss(student, teacher, labels, inplace=True)
+        assert torch.equal(buffer, kept)
+
+    def test_neighbours_in_memory_are_left_alone(self, variant):
+        """Rows of a wider buffer, whose other columns and next rows belong to others."""
+        leaf = torch.randn(N + 1, C + 3, requires_grad=True)
+        buffer, teacher = computed(leaf), torch.randn(N, C)
+        inside = (slice(N), slice(1, C + 1))
+        distill(buffer[inside], teacher, inplace=True).backward()
+        want = torch.zeros_like(leaf)
+        want[inside] = loss_and_gradient(leaf[inside], teacher, LABELS)[1].float()
+        close(leaf.grad, want)
+        written = leaf.detach().clone()
+        written[inside] = leaf.grad[inside]
+        assert torch.equal(buffer, written)
+
+    def test_nothing_is_written_before_everything_was_checked(self, variant):
+        leaf, teacher = logits(torch.float32)
+        student = computed(leaf)
+        with pytest.raises(IndexError, match="row 3 holds 7"):
+            pydistill.distillation_loss(student, teacher, torch.tensor([0, 1, 2, 7]), inplace=True)
+        assert torch.equal(student, leaf)
+        assert student._version == 0
+
+    @pytest.mark.parametrize("grad", [True, False])
+    def test_ignored_where_no_gradient_is_wanted(self, variant, grad):
+        leaf, teacher = logits(torch.float32)
+        student = computed(leaf.requires_grad_(not grad))
+        with torch.set_grad_enabled(grad):
+            distill(student, teacher, inplace=True)
+        assert torch.equal(student, leaf)
+        assert pydistill.backend_info().last_call == f"{variant[0]}; inplace ignored: no gradient is wanted"
+
+
+@pytest.fixture(scope="module")
+def large_half_case():
+    torch.manual_seed(1)
+    student, teacher = torch.randn(2, 64, 32000).half()
+    options = {"temperature": 1.0, "alpha": 1.0}
+    return student, teacher, options, loss_and_gradient(student, teacher, **options)[1]
+
+
+class TestLossScaler:
+    """float16 at 64 x 32000, where most entries of a gradient divided by N are below float16's smallest number."""
+
+    SCALE = 65536.0
+
+    def error(self, gradient, want):
+        """Of the scaled gradient as the optimizer sees it, unscaled in float32."""
+        return (gradient.double() / self.SCALE - want).norm() / want.norm()
+
+    @pytest.mark.parametrize("inplace", [False, True])
+    def test_as_good_as_float32_within_float16_rounding(self, variant, large_half_case, inplace):
+        student, teacher, options, want = large_half_case
+        leaf = student.clone().requires_grad_()
+        value = pydistill.distillation_loss(computed(leaf), teacher, inplace=inplace, **options)
+        (self.SCALE * value).backward()
+        assert leaf.grad.dtype == torch.float16
+        assert self.error(leaf.grad, want) < 2.0**-11
+        assert (leaf.grad == 0).double().mean() < 1e-3
+        assert_accurate(value.detach(), None, student, teacher, None, **options)
+
+    def test_rounding_before_the_scaler_would_have_lost_it(self, large_half_case):
+        """The same gradient, rounded to float16 before it is scaled: what the deferral is for."""
+        *_, want = large_half_case
+        naive = want.half().float() * self.SCALE
+        assert self.error(naive, want) > 20 * 2.0**-11
+        assert (naive == 0).double().mean() > 0.05
+
+
+def test_float16_without_a_scaler_is_rounded_once(variant):
+    student, teacher = logits(torch.float16, 8, 300)
+    labels = torch.randint(300, (8,))
+    pydistill.distillation_loss(student, teacher, labels, temperature=4.0).backward()
+    _, want = loss_and_gradient(student, teacher, labels, temperature=4.0)
+    assert (student.grad.double() - want).abs().max() <= 2.0**-11 * want.abs().max() + 2.0**-24
+
+
+def test_alpha_zero_is_cross_entropy(variant):
+    student, _ = logits(torch.float32)
+    value = pydistill.distillation_loss(student, None, LABELS, alpha=0.0)
+    value.backward()
+    exact = student.detach().clone().requires_grad_()
+    F.cross_entropy(exact, LABELS).backward()
+    close(student.grad, exact.grad)

@@ -1,0 +1,137 @@
+"""Which backend runs, how it is chosen, and that nothing falls back in silence."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import pydistill
+from pydistill.engine import backend, compiled
+
+ROOT = Path(__file__).parents[1]
+
+
+def python(code, cwd, **environment):
+    """(exit status, output) of a fresh process."""
+    clean = {k: v for k, v in os.environ.items() if not k.startswith("PYDISTILL_")}
+    done = subprocess.run(
+        [sys.executable, "-W", "always", "-c", code],
+        cwd=cwd,
+        env=clean | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    return done.returncode, done.stdout
+
+
+def test_info(variant):
+    info = pydistill.backend_info()
+    assert (info.name, info.isa) == variant
+    assert info.threads >= 1
+    assert info.reason == "chosen with use_backend"
+    pydistill.distillation_loss(torch.randn(2, 3), torch.randn(2, 3), alpha=1.0)
+    assert pydistill.backend_info().last_call == info.name
+
+
+def test_use_backend_nests_and_restores():
+    before = pydistill.backend_info()
+    with pydistill.use_backend("torch"):
+        with pytest.raises(ZeroDivisionError), pydistill.use_backend("numba", threads=2):
+            assert pydistill.backend_info().threads == 2
+            raise ZeroDivisionError
+        assert pydistill.backend_info().name == "torch"
+    assert pydistill.backend_info().name == before.name
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("cuda", {}, "backend must be one of compiled, numba, torch; got 'cuda'"),
+        ("torch", {"isa": "avx2"}, "isa belongs to the compiled backend"),
+        ("torch", {"threads": 2}, "threads belongs to the numba backend"),
+        ("numba", {"threads": 0}, "threads must be at least 1, got 0"),
+    ],
+)
+def test_bad_choices(name, options, message):
+    with pytest.raises(ValueError, match=message), pydistill.use_backend(name, **options):
+        pass
+
+
+def test_environment(tmp_path):
+    code = "import pydistill as p; i = p.backend_info(); print(i.name, i.isa, i.reason)"
+    status, output = python(code, tmp_path, PYDISTILL_BACKEND="torch")
+    assert (status, output.strip()) == (0, "torch None PYDISTILL_BACKEND=torch")
+    status, output = python(code, tmp_path, PYDISTILL_BACKEND="fortran")
+    assert status != 0
+    assert "got 'fortran'" in output
+
+
+def test_isa_from_the_environment(tmp_path):
+    code = "import pydistill as p; i = p.backend_info(); print(i.name, i.isa, i.reason)"
+    if "compiled" not in {name for name, _ in _variants()}:
+        with pytest.raises(ImportError, match="without a working C"):
+            compiled.load_core()
+        return
+    status, output = python(code, tmp_path, PYDISTILL_ISA="portable")
+    assert (status, output.strip()) == (0, "compiled portable PYDISTILL_ISA=portable")
+    status, output = python(code, tmp_path, PYDISTILL_ISA="mmx")
+    assert status != 0
+    assert "got 'mmx'" in output
+
+
+def _variants():
+    from conftest import VARIANTS
+
+    return VARIANTS
+
+
+def test_without_the_core_the_fallback_is_announced(monkeypatch):
+    def missing():
+        raise ImportError("no compiled module")
+
+    monkeypatch.setattr(backend, "_core", missing)
+    monkeypatch.setattr(backend, "_make", backend._make.__wrapped__)
+    for name in ("PYDISTILL_BACKEND", "PYDISTILL_ISA"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.warns(RuntimeWarning, match="slower numba backend: no compiled module"):
+        chosen, reason = backend._default.__wrapped__()
+    assert (chosen.name, reason) == ("numba", "no compiled module")
+
+
+def test_name_clash_is_an_error(tmp_path):
+    folder = tmp_path / "pydistill-0.4.1.dist-info"
+    folder.mkdir()
+    (folder / "METADATA").write_text("Metadata-Version: 2.1\nName: pydistill\nVersion: 0.4.1\n")
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    status, output = python("import pydistill", tmp_path, PYTHONPATH=path)
+    assert status != 0
+    assert "pip uninstall pydistill pydistill-kd" in output
+
+
+def test_sources_in_a_checkout_use_the_installed_core():
+    """python -m pytest and python -m bench put the checkout first on the path, ahead of the installed package."""
+    code = "import pydistill as p; print(p.__file__); print(p.backend_info().name)"
+    status, output = python(code, ROOT, PYTHONPATH=os.environ.get("PYTHONPATH", ""))
+    file, *_, name = output.split()
+    assert status == 0
+    assert Path(file) == ROOT / "pydistill" / "__init__.py"
+    assert name == _variants()[0][0]
+
+
+def test_sources_that_have_moved_on_are_noticed(tmp_path, monkeypatch):
+    source = tmp_path / "csrc"
+    source.mkdir()
+    for path in (ROOT / "csrc").iterdir():
+        (source / path.name).write_bytes(path.read_bytes())
+    same = compiled._hash_of_sources(source)
+    assert same == compiled._hash_of_sources(ROOT / "csrc")
+    (source / "rows.hpp").write_text("// changed")
+    assert compiled._hash_of_sources(source) != same
+    if _variants()[0][0] == "compiled":
+        assert same == compiled.load_core().SOURCE_HASH

@@ -1,0 +1,262 @@
+"""Bad inputs: the exception's type and words, the same on every backend, and nothing written before it."""
+
+import math
+import re
+import warnings
+
+import pytest
+import torch
+from conftest import VARIANTS
+
+import pydistill
+from pydistill.engine import checks
+
+INF, NAN = math.inf, math.nan
+N, C = 4, 5
+
+
+def good():
+    """Arguments that are accepted; no label is ignored."""
+    return {
+        "student_logits": torch.randn(N, C),
+        "teacher": torch.randn(N, C),
+        "labels": torch.tensor([0, 1, 2, 3]),
+    }
+
+
+def weights(*values):
+    return torch.tensor(values)
+
+
+needs_gradient = torch.ones(N, requires_grad=True)
+
+# (exception, what the message must say, the arguments that cause it)
+BAD = [
+    # options
+    (ValueError, "divergence must be one of forward_kl, reverse_kl.* got 'kl'", {"divergence": "kl"}),
+    (ValueError, "divergence must be one of .* got None", {"divergence": None}),
+    (ValueError, "beta: divergence 'forward_kl' has no parameter, got beta=0.5", {"beta": 0.5}),
+    (ValueError, "temperature must be positive and finite, got 0.0", {"temperature": 0}),
+    (ValueError, "temperature must be positive and finite, got -2.0", {"temperature": -2.0}),
+    (ValueError, "temperature must be positive and finite, got nan", {"temperature": torch.tensor(NAN)}),
+    (ValueError, r"temperature must be a number or a 0-d tensor, got .*\(2,\)", {"temperature": torch.ones(2)}),
+    (TypeError, "temperature must be a number or a 0-d tensor, got 'hot'", {"temperature": "hot"}),
+    (TypeError, "temperature must be a number or a 0-d tensor, got None", {"temperature": None}),
+    (TypeError, "temperature must not require a gradient", {"temperature": torch.tensor(2.0, requires_grad=True)}),
+    (ValueError, r"alpha.* must be in \[0, 1\], got 1.5", {"alpha": 1.5}),
+    (ValueError, r"alpha.* must be in \[0, 1\], got -0.5", {"alpha": torch.tensor(-0.5)}),
+    (ValueError, r"alpha.* must be in \[0, 1\], got nan", {"alpha": NAN}),
+    (TypeError, "alpha must be a number or a 0-d tensor, got True", {"alpha": True}),
+    (TypeError, "alpha must not require a gradient", {"alpha": torch.tensor(0.5, requires_grad=True)}),
+    (ValueError, r"label_smoothing must be in \[0, 1\], got 1.01", {"label_smoothing": 1.01}),
+    (ValueError, r"label_smoothing must be in \[0, 1\], got -0.1", {"label_smoothing": -0.1}),
+    (ValueError, r"label_smoothing must be in \[0, 1\], got nan", {"label_smoothing": NAN}),
+    (ValueError, "unlabeled must be .*skip.* or .*distill.*, got 'drop'", {"unlabeled": "drop"}),
+    (ValueError, 'reduction="batchmean": write "mean"', {"reduction": "batchmean"}),
+    (ValueError, "reduction must be .*, got 'max'", {"reduction": "max"}),
+    (ValueError, "num_items is the denominator of .*mean.* reduction='sum'", {"num_items": 8, "reduction": "sum"}),
+    (ValueError, "num_items is the denominator of .*mean.* reduction='none'", {"num_items": 8, "reduction": "none"}),
+    (ValueError, "num_items must be positive and finite, got 0", {"num_items": 0}),
+    (ValueError, "num_items must be positive and finite, got -1.5", {"num_items": -1.5}),
+    (ValueError, "num_items must be positive and finite, got inf", {"num_items": INF}),
+    (ValueError, r"num_items must be positive and finite, got \(4, 0\)", {"num_items": (4, 0)}),
+    (ValueError, r"num_items must be a number or a pair .*, got \(1, 2, 3\)", {"num_items": (1, 2, 3)}),
+    (ValueError, r"num_items must be a number or a 0-d tensor, got .*\(2,\)", {"num_items": torch.ones(2)}),
+    # types and dtypes
+    (TypeError, "student_logits must be a tensor, got list", {"student_logits": [[0.0, 1.0]]}),
+    (TypeError, r"student_logits must be float32.*, got torch\.int64", {"student_logits": torch.ones(N, C).long()}),
+    (TypeError, r"student_logits must be float32.*, got torch\.complex64", {"student_logits": torch.ones(N, C) + 0j}),
+    (
+        TypeError,
+        "teacher must be a tensor of logits or SoftTargets, got ndarray",
+        {"teacher": torch.ones(N, C).numpy()},
+    ),
+    (TypeError, r"teacher must be float32.*, got torch\.int64", {"teacher": torch.ones(N, C).long()}),
+    (TypeError, "labels must be a tensor of class indices, got list", {"labels": [0, 1, 2, 3]}),
+    (TypeError, r"labels must be .*int64 or int32, got torch\.float32", {"labels": torch.zeros(N)}),
+    (TypeError, r"labels must be .*int64 or int32, got torch\.uint8", {"labels": torch.zeros(N, dtype=torch.uint8)}),
+    (TypeError, "sample_weight must be a tensor, got list", {"sample_weight": [1.0] * N}),
+    (TypeError, "sample_weight must not require a gradient", {"sample_weight": needs_gradient}),
+    (TypeError, "class_weight must be a tensor, got float", {"class_weight": 1.0}),
+    (TypeError, "class_weight must not require a gradient", {"class_weight": torch.ones(C, requires_grad=True)}),
+    # shapes and devices
+    (ValueError, r"student_logits must have at least one class .*\(\)", {"student_logits": torch.tensor(1.0)}),
+    (ValueError, r"student_logits must have at least one class .*\(4, 0\)", {"student_logits": torch.ones(4, 0)}),
+    (ValueError, r"got teacher \(4, 6\) and student_logits \(4, 5\)", {"teacher": torch.ones(N, C + 1)}),
+    (ValueError, r"got labels \(4, 1\) and student_logits \(4, 5\)", {"labels": torch.zeros(N, 1).long()}),
+    (ValueError, r"got labels \(\) and student_logits \(4, 5\)", {"labels": torch.tensor(0)}),
+    (ValueError, r"sample_weight must have shape \(4,\), got \(4, 1\)", {"sample_weight": torch.ones(N, 1)}),
+    (ValueError, r"class_weight must have shape \(5,\), got \(4,\)", {"class_weight": torch.ones(N)}),
+    (ValueError, "teacher on meta and student_logits on cpu", {"teacher": torch.ones(N, C, device="meta")}),
+    # missing
+    (ValueError, "teacher must be given unless alpha is 0", {"teacher": None}),
+    (ValueError, "labels must be given unless alpha is 1", {"labels": None}),
+    # values in rows: the first bad row is named
+    (IndexError, r"labels must be in \[0, 5\) .*-100; row 1 holds 5$", {"labels": torch.tensor([0, 5, 2, -1])}),
+    (IndexError, r"ignore_index=3; row 2 holds -100$", {"labels": torch.tensor([0, 3, -100, 9]), "ignore_index": 3}),
+    (IndexError, "row 3 holds 5$", {"labels": torch.tensor([0, 1, 2, 5]), "alpha": 1.0, "unlabeled": "distill"}),
+    (
+        ValueError,
+        "sample_weight must be >= 0 and finite; row 2 holds -1.0$",
+        {"sample_weight": weights(1, 0, -1.0, NAN)},
+    ),
+    (ValueError, "sample_weight .*; row 1 holds nan$", {"sample_weight": weights(1, NAN, 1, 1)}),
+    (ValueError, "sample_weight .*; row 3 holds inf$", {"sample_weight": weights(1, 1, 1, INF)}),
+    (
+        ValueError,
+        "sample_weight .*; row 0 holds nan$",
+        {"sample_weight": weights(NAN, 1, 1, 1), "labels": torch.tensor([-100, 9, 1, 1])},
+    ),
+    (
+        IndexError,
+        "row 0 holds 9$",
+        {"sample_weight": weights(0, NAN, 1, 1), "labels": torch.tensor([9, 1, 1, 1])},
+    ),
+]
+every_bad_input = pytest.mark.parametrize(
+    ("exception", "words", "arguments"), BAD, ids=[re.sub(r"[^a-z0-9 ]", "", words.lower())[:50] for _, words, _ in BAD]
+)
+
+
+class Subclass(torch.Tensor):
+    """A tensor subclass: its loss is the differentiable torch formula."""
+
+
+@every_bad_input
+def test_bad_input_is_the_same_error_everywhere(exception, words, arguments):
+    """Every backend, and the torch formula, raise one exception with one text."""
+    call = good() | arguments
+    texts = set()
+    for name, isa in VARIANTS:
+        with pydistill.use_backend(name, isa=isa), pytest.raises(exception, match=words) as caught:
+            pydistill.distillation_loss(**call)
+        assert caught.type is exception
+        texts.add(str(caught.value))
+    if isinstance(call["student_logits"], torch.Tensor):
+        formula = call | {"student_logits": call["student_logits"].as_subclass(Subclass)}
+        with pytest.raises(exception, match=words) as caught:
+            pydistill.distillation_loss(**formula)
+        texts.add(str(caught.value))
+    assert len(texts) == 1
+
+
+@every_bad_input
+def test_nothing_is_written_before_the_error(variant, exception, words, arguments):
+    call = good() | arguments
+    if not (isinstance(call["student_logits"], torch.Tensor) and call["student_logits"].is_floating_point()):
+        call["student_logits"] = torch.randn(N, C + 1)  # then another argument is bad: the shapes disagree
+        exception, words = ValueError, "student_logits"
+    leaf = call["student_logits"].clone().requires_grad_()
+    logits = leaf * 1.0
+    before, version = logits.detach().clone(), logits._version
+    with pytest.raises(exception, match=words):
+        pydistill.distillation_loss(**(call | {"student_logits": logits}), inplace=True)
+    assert torch.equal(logits, before)
+    assert logits._version == version
+
+
+@pytest.mark.parametrize("row", [0, 700, 1399])
+def test_no_row_is_written_when_a_late_one_is_bad(variant, row):
+    """Enough rows for several threads: the check must come before the first of them starts."""
+    leaf = torch.randn(1400, 100, requires_grad=True)
+    logits = leaf * 1.0
+    before = logits.detach().clone()
+    labels = torch.randint(100, (1400,))
+    labels[row] = 100
+    with pytest.raises(IndexError, match=f"row {row} holds 100"):
+        pydistill.distillation_loss(logits, torch.randn(1400, 100), labels, inplace=True)
+    assert torch.equal(logits, before)
+
+
+def test_row_of_more_dimensions_is_counted_in_order(variant):
+    student, teacher = torch.randn(2, 2, 3, C)
+    labels, weight = torch.zeros(2, 3, dtype=torch.int64), torch.ones(2, 3)
+    labels[1, 1], weight[1, 0] = 77, -2.0
+    for subclass in (False, True):
+        logits = student.as_subclass(Subclass) if subclass else student
+        with pytest.raises(IndexError, match="row 4 holds 77"):
+            pydistill.distillation_loss(logits, teacher, labels)
+        with pytest.raises(ValueError, match=r"row 3 holds -2\.0"):
+            pydistill.distillation_loss(logits, teacher, labels, sample_weight=weight)
+
+
+# --- inplace --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["float32", "float16"])
+def test_inplace_refuses(variant, reduction, dtype):
+    leaf = torch.randn(N, C, dtype=dtype, requires_grad=True)
+    logits = leaf * 1.0
+    storage = torch.randn(3 * N * C, dtype=dtype)
+    overlapping = storage[: N * C].view(N, C).copy_(leaf)
+    cases = {
+        "student_logits, a leaf that requires a gradient": (leaf, good()["teacher"]),
+        r"rows that do not overlap .*\(4, 5\) with strides \(0, 1\)": (logits[:1].expand(N, C), good()["teacher"]),
+        r"rows that do not overlap .* strides \(3, 1\)": (
+            (leaf.new_ones(40) * leaf.sum()).as_strided((N, C), (3, 1)),
+            good()["teacher"],
+        ),
+        "overwrite the teacher: teacher and student_logits overlap": (overlapping, storage[C : C + N * C].view(N, C)),
+        "overwrite the teacher": (logits, logits),
+    }
+    for words, (student, teacher) in cases.items():
+        before = student.detach().clone()
+        with pytest.raises(ValueError, match=words):
+            pydistill.distillation_loss(student, teacher, good()["labels"], inplace=True, reduction=reduction)
+        assert torch.equal(student, before)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["float32", "float16"])
+def test_inplace_allows_one_backward(variant, reduction, dtype):
+    leaf = torch.randn(N, C, dtype=dtype, requires_grad=True)
+    rest = good()["teacher"], good()["labels"]
+
+    def total():
+        return pydistill.distillation_loss(leaf * 1.0, *rest, inplace=True, reduction=reduction).sum()
+
+    loss = total()
+    loss.backward(retain_graph=True)
+    first = leaf.grad.clone()
+    with pytest.raises(RuntimeError, match=r"one backward|modified by an inplace operation"):
+        loss.backward()
+    assert torch.equal(leaf.grad, first)
+    with pytest.raises(RuntimeError, match="second derivative"):
+        torch.autograd.grad(total(), leaf, create_graph=True)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_inplace_is_noticed_by_an_operation_that_saved_the_logits(variant, reduction):
+    leaf = torch.randn(N, C, requires_grad=True)
+    logits = leaf * 1.0
+    saved = logits.exp().sum() + (logits**2).sum()  # ** saves its input
+    loss = pydistill.distillation_loss(logits, good()["teacher"], good()["labels"], inplace=True, reduction=reduction)
+    loss.sum().backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        saved.backward()
+
+
+# --- Warnings -------------------------------------------------------------------------------------------------
+
+
+def test_probability_warning_is_given_once_in_a_process(monkeypatch):
+    """Over all backends; errors come before it and do not use it up."""
+    monkeypatch.setattr(checks, "_probability_warning_given", False)
+    call = good() | {"teacher": torch.randn(N, C).softmax(-1)}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with pytest.raises(IndexError):
+            pydistill.distillation_loss(**(call | {"labels": torch.full((N,), C)}))
+        for name, isa in VARIANTS * 2:
+            with pydistill.use_backend(name, isa=isa):
+                pydistill.distillation_loss(**call)
+    assert [str(w.message)[:35] for w in caught] == ["teacher looks like probabilities (i"]
+    assert caught[0].category is UserWarning
+
+
+def test_unknown_options_and_positions_are_pythons_errors():
+    with pytest.raises(TypeError, match="unexpected keyword argument 'temprature'"):
+        pydistill.distillation_loss(**good(), temprature=2.0)
+    with pytest.raises(TypeError, match="positional"):
+        pydistill.distillation_loss(*good().values(), "forward_kl")

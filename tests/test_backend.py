@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -42,7 +43,7 @@ def test_info(variant):
 def test_use_backend_nests_and_restores():
     before = pydistill.backend_info()
     with pydistill.use_backend("torch"):
-        with pytest.raises(ZeroDivisionError), pydistill.use_backend("numba", threads=2):
+        with suppress(ZeroDivisionError), pydistill.use_backend("numba", threads=2):
             assert pydistill.backend_info().threads == 2
             raise ZeroDivisionError
         assert pydistill.backend_info().name == "torch"

@@ -20,7 +20,8 @@ small = torch.randn(8, 10, requires_grad=True)
 pydistill.distillation_loss(small, torch.randn(8, 10), torch.randint(10, (8,))).backward()  # what is loaded once
 Path("/proc/self/clear_refs").write_text("5")
 before = status("VmRSS")
-loss = pydistill.distillation_loss(logits, teacher, labels, temperature=4.0, alpha=0.7, inplace=sys.argv[1] == "inplace")
+inplace = sys.argv[1] == "inplace"
+loss = pydistill.distillation_loss(logits, teacher, labels, temperature=4.0, alpha=0.7, inplace=inplace)
 torch.autograd.grad(loss, logits)
 print((status("VmHWM") - before) / (4 * n * c))
 """

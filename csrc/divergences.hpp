@@ -12,14 +12,14 @@ namespace {
 
 template <class T>
 struct Point {
-  Vec<T> p, q, log_p, log_q;
+  Vec<T> p, q, log_ratio;  // log q - log p, from the logits: as a difference of the two it would lose digits
 };
 
 // sum p (log p - log q). Its h is -p, whose sum is -1: the row kernel needs no second look at the row.
 struct ForwardKl {
   template <class T>
   static Vec<T> value(const Point<T>& x) {
-    return times(x.p, x.log_p - x.log_q);
+    return -times(x.p, x.log_ratio);
   }
   template <class T>
   static Vec<T> d_log_q(const Point<T>& x) {
@@ -31,11 +31,11 @@ struct ForwardKl {
 struct ReverseKl {
   template <class T>
   static Vec<T> value(const Point<T>& x) {
-    return times(x.q, x.log_q - x.log_p);
+    return times(x.q, x.log_ratio);
   }
   template <class T>
   static Vec<T> d_log_q(const Point<T>& x) {
-    return times(x.q, x.log_q - x.log_p + set<T>(1));
+    return times(x.q, x.log_ratio + set<T>(1));
   }
 };
 

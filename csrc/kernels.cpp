@@ -193,8 +193,8 @@ typename RowKernel<T>::RowState RowKernel<T>::scan(int64_t row) {
 
 template <class T>
 PointSums RowKernel<T>::second_pass(int64_t row, const RowState& state) {
-  const Normaliser<T> z{state.max.student, state.max.teacher, T(std::log(state.sums.student)),
-                        T(std::log(state.sums.teacher)), T(1 / temperature_)};
+  const Normaliser<T> z{state.max.student, state.max.teacher, T(1 / temperature_),
+                        T(std::log(state.sums.student / state.sums.teacher))};
   PointSums total;
   for (int64_t begin = 0, b = 0; begin < batch_.classes; begin += block, ++b) {
     const int n = count(begin);

@@ -127,13 +127,14 @@ inline Sums exponentials(const T* s, const T* t, int n, T student_max, T teacher
 }
 
 // The second pass of a divergence without a shortcut: its value and sum of h over one block. h replaces the
-// teacher's exponentials. Log-probabilities come from the logits: log_q = (s - max) / T - log(sum).
+// teacher's exponentials.
 struct PointSums {
   double value = 0, h = 0;
 };
 template <class T>
 struct Normaliser {
-  T student_max, teacher_max, student_log, teacher_log, inverse_temperature;
+  T student_max, teacher_max, inverse_temperature;
+  T log_ratio;  // of the student's sum to the teacher's
 };
 template <class D, class T>
 inline PointSums pointwise(const T* s, const T* t, int n, const Normaliser<T>& z, T student_factor,
@@ -143,10 +144,10 @@ inline PointSums pointwise(const T* s, const T* t, int n, const Normaliser<T>& z
     const Vec<T> inverse = set<T>(z.inverse_temperature);
     for (int i = 0; i < width; ++i) {
       const int j = start + i * kLanes<T>;
+      const Vec<T> shifted = (load(s + j, k) - set<T>(z.student_max)) - (load(t + j, k) - set<T>(z.teacher_max));
       const Point<T> x{load(scratch.teacher + j, k) * set<T>(teacher_factor),
                        load(scratch.student + j, k) * set<T>(student_factor),
-                       (load(t + j, k) - set<T>(z.teacher_max)) * inverse - set<T>(z.teacher_log),
-                       (load(s + j, k) - set<T>(z.student_max)) * inverse - set<T>(z.student_log)};
+                       shifted * inverse - set<T>(z.log_ratio)};
       Vec<T> v = D::value(x), h = D::d_log_q(x);
       if (k != kLanes<T>) v = first(v, k), h = first(h, k);
       value = value + v;

@@ -72,10 +72,14 @@ def loss_formula(batch, soft_items=None, hard_items=None):
         units = options.temperature**2 if options.t_squared else 1
         soft = torch.where(soft_rows, weight * units * value, zero)
     if batch.labels is not None:
-        ce = F.cross_entropy(
-            student, labels, batch.class_weight, reduction="none", label_smoothing=options.label_smoothing
+        ce = F.cross_entropy(  # flattened: from three dimensions on it takes the second one for the classes
+            student.reshape(-1, student.shape[-1]),
+            labels.reshape(-1),
+            batch.class_weight,
+            reduction="none",
+            label_smoothing=options.label_smoothing,
         )
-        hard = torch.where(labelled_rows, weight * ce, zero)
+        hard = torch.where(labelled_rows, weight * ce.reshape(zero.shape), zero)
     if options.reduction != "none":
         soft, hard = soft.sum(), hard.sum()
     if options.reduction == "mean":

@@ -161,6 +161,22 @@ def test_any_number_of_dimensions(variant, dtype, shape):
         assert torch.equal(gradient.view(rows, C), want_gradient)
 
 
+class Subclass(torch.Tensor):
+    """A tensor subclass: its loss is the differentiable torch formula."""
+
+
+@every_divergence
+@pytest.mark.parametrize("shape", [(), (3,), (2, 3), (2, C), (4, 0), (2, 1, 3)])
+def test_torch_formula_takes_the_last_dimension_for_the_classes(divergence, shape):
+    """(2, C, C) is where the wrong one would fit as well."""
+    student, teacher = torch.randn(2, *shape, C, dtype=torch.float64)
+    labels = torch.randint(C, shape)
+    want = run(student, teacher, labels, divergence=divergence, label_smoothing=0.1)
+    got = run(student.as_subclass(Subclass), teacher, labels, divergence=divergence, label_smoothing=0.1)
+    for g, w in zip(got, want, strict=True):
+        torch.testing.assert_close(g.as_subclass(torch.Tensor), w, rtol=1e-10, atol=1e-12)
+
+
 def test_three_dimensions_transposed(variant):
     """(batch, time, C) out of (time, batch, C), as recurrent models give it: no view flattens it."""
     student, teacher = 2 * torch.randn(2, 4, 2, C)

@@ -191,7 +191,8 @@ def test_inplace_refuses(variant, reduction, dtype):
     storage = torch.randn(3 * N * C, dtype=dtype)
     overlapping = storage[: N * C].view(N, C).copy_(leaf)
     cases = {
-        "student_logits, a leaf that requires a gradient": (leaf, good()["teacher"]),
+        "student_logits, a leaf .* that requires a gradient": (leaf, good()["teacher"]),
+        "a leaf .or a view of one. that requires a gradient": (leaf.view(C, N).view(N, C), good()["teacher"]),
         r"rows that do not overlap .*\(4, 5\) with strides \(0, 1\)": (logits[:1].expand(N, C), good()["teacher"]),
         r"rows that do not overlap .* strides \(3, 1\)": (
             (leaf.new_ones(40) * leaf.sum()).as_strided((N, C), (3, 1)),

@@ -8,7 +8,8 @@ import torch
 import pydistill
 from pydistill.engine import compiled
 
-torch.set_num_threads(1)  # the oracles are many small operations, which gain nothing from threads; test_threads.py asks for more
+# The oracles are many small operations, which gain nothing from threads; test_threads.py asks for more.
+torch.set_num_threads(1)
 
 
 def _variants():

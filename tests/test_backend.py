@@ -71,6 +71,9 @@ def test_environment(tmp_path):
     status, output = python(code, tmp_path, PYDISTILL_BACKEND="fortran")
     assert status != 0
     assert "got 'fortran'" in output
+    status, output = python(code, tmp_path, PYDISTILL_BACKEND="torch", PYDISTILL_ISA="avx2")
+    assert status != 0
+    assert "isa belongs to the compiled backend" in output
 
 
 def test_isa_from_the_environment(tmp_path):

@@ -129,7 +129,7 @@ def _default():
     name, isa = os.environ.get("PYDISTILL_BACKEND") or None, os.environ.get("PYDISTILL_ISA") or None
     if name is not None:
         reason = f"PYDISTILL_BACKEND={name}" + (f", PYDISTILL_ISA={isa}" if isa else "")
-        return _make(name, isa if name == "compiled" else None), reason
+        return _make(name, isa), reason
     try:
         backend = _make("compiled", isa)
         reason = f"PYDISTILL_ISA={isa}" if isa else f"best of {', '.join(_core().ISAS)} for this CPU"

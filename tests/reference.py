@@ -32,8 +32,8 @@ def row_divergence(name, student, teacher, temperature):
 def d_log_q(name, student, teacher, temperature):
     """(h, q): the gradient's soft term is h - q * sum(h), two parts that round on their own.
 
-    Their norms are the size that an error is measured by. For forward_kl they are those of p and q. reverse_kl's h grows
-    with the logarithms, and rounding its exact gradient to float32 can already exceed 2e-6 of the norms of p and q.
+    Their norms are the size that an error is measured by. For forward_kl they are those of p and q. reverse_kl's h
+    grows with the logarithms: rounding its exact gradient to float32 can already exceed 2e-6 of the norms of p and q.
     """
     log_q, log_p = softened(student, temperature), softened(teacher, temperature)
     q = log_q.exp()

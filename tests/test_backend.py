@@ -19,7 +19,7 @@ def python(code, cwd, **environment):
     """(exit status, output) of a fresh process."""
     clean = {k: v for k, v in os.environ.items() if not k.startswith("PYDISTILL_")}
     done = subprocess.run(
-        [sys.executable, "-W", "always", "-c", code],
+        [sys.executable, "-u", "-W", "always", "-c", code],
         cwd=cwd,
         env=clean | environment,
         stdout=subprocess.PIPE,

@@ -114,7 +114,9 @@ ROUNDING = {torch.float32: 0.0, torch.float64: 0.0, torch.bfloat16: 2.0**-8, tor
 SMALLEST = {torch.float32: 0.0, torch.float64: 0.0, torch.bfloat16: 0.0, torch.float16: 2.0**-24}
 
 
-def assert_accurate(got_loss, got_gradient, student, teacher, labels, *, temperature, alpha, **options):
+def assert_accurate(
+    got_loss, got_gradient, student, teacher, labels, *, temperature, alpha, size_of_parts=False, **options
+):
     """Loss and mean-reduced gradient within the bounds of the contract: every row counts once in the scale."""
     want_loss, want_gradient = loss_and_gradient(
         student, teacher, labels, temperature=temperature, alpha=alpha, **options
@@ -130,7 +132,8 @@ def assert_accurate(got_loss, got_gradient, student, teacher, labels, *, tempera
     size = 0.0
     if alpha > 0:
         h, q = d_log_q(options.get("divergence", "forward_kl"), student, teacher, temperature)
-        size += alpha * temperature * (float(h.norm()) + float((q * h.sum(-1, keepdim=True)).norm()))
+        parts = (h, q * h.sum(-1, keepdim=True)) if size_of_parts else (q, softened(teacher, temperature).exp())
+        size += alpha * temperature * sum(float(part.norm()) for part in parts)
     if alpha < 1:
         onehot = F.one_hot(labels.long(), student.shape[1]).double()
         size += (1 - alpha) * float((softened(student, 1.0).exp() - onehot).norm())

@@ -82,7 +82,7 @@ template <class T, HardExp H, bool kSoft, bool kKeep, bool kMasked>
 inline Sums exponentials(const T* s, const T* t, int n, T student_max, T teacher_max, const Base<T>& soft,
                          const Base<T>& hard, const Scratch<T>& out, const char* ahead_s, int64_t step_s,
                          const char* ahead_t, int64_t step_t) {
-  const Vec<T> ms = set<T>(student_max), mt = set<T>(teacher_max);
+  const Vec<T> ms = set<T>(student_max), mt = set<T>(teacher_max), soft_c = soft.c, soft_lowest = soft.lowest;
   Vec<T> student[2] = {set<T>(0), set<T>(0)}, teacher[2] = {set<T>(0), set<T>(0)};
   Vec<T> cross[2] = {set<T>(0), set<T>(0)}, hard_sum[2] = {set<T>(0), set<T>(0)};
   for_each<T>(n, 0, [&](int j, int k, auto width) {
@@ -94,7 +94,10 @@ inline Sums exponentials(const T* s, const T* t, int n, T student_max, T teacher
     for (int i = 0; i < w; ++i) shifted[i] = load(s + j + i * lanes, k) - ms;
     if constexpr (kSoft)
       for (int i = 0; i < w; ++i) shifted[w + i] = load(t + j + i * lanes, k) - mt;
-    exp2(shifted, soft.c, soft.lowest, e);
+    Vec<T> difference[w];  // now: later the shifted logits would wait on the stack
+    if constexpr (kSoft)
+      for (int i = 0; i < w; ++i) difference[i] = shifted[w + i] - shifted[i];
+    exp2(shifted, soft_c, soft_lowest, e);
     for (int i = 0; i < w; ++i) {
       if (tail) e[i] = first(e[i], k);
       student[i] = student[i] + e[i];
@@ -103,7 +106,7 @@ inline Sums exponentials(const T* s, const T* t, int n, T student_max, T teacher
     }
     if constexpr (kSoft)
       for (int i = 0; i < w; ++i) {
-        Vec<T> f = e[w + i], d = shifted[w + i] - shifted[i];
+        Vec<T> f = e[w + i], d = difference[i];
         if (tail) f = first(f, k), d = first(d, k);
         teacher[i] = teacher[i] + f;
         cross[i] = kMasked ? cross[i] + times(f, d) : fma(f, d, cross[i]);
@@ -178,14 +181,18 @@ struct Coefficients {
 };
 template <class T, HardExp H, bool kSoft>
 inline void write_gradient(const Scratch<T>& in, int n, const Coefficients<T>& by, bool past_cache, T* out) {
-  const auto value = [&](int j, int k) {
-    Vec<T> r = set<T>(by.constant);
-    if constexpr (kSoft) r = fma(set<T>(by.third), load(in.teacher + j, k), r);
+  // Copies: the compiler must not think that what is stored could change them.
+  const Vec<T> student = set<T>(by.student), third = set<T>(by.third), hard = set<T>(by.hard);
+  const Vec<T> constant = set<T>(by.constant), smooth = set<T>(-by.smooth);
+  const T* class_weight = by.class_weight;
+  const auto value = [=](int j, int k) {
+    Vec<T> r = constant;
+    if constexpr (kSoft) r = fma(third, load(in.teacher + j, k), r);
     const Vec<T> e = load(in.student + j, k);
-    if constexpr (H == HardExp::own) r = fma(set<T>(by.hard), load(in.hard + j, k), r);
-    if constexpr (H == HardExp::square || H == HardExp::fourth) r = fma(set<T>(by.hard), power<H>(e), r);
-    r = fma(set<T>(by.student), e, r);
-    if (by.class_weight) r = fma(set<T>(-by.smooth), load(by.class_weight + j, k), r);
+    if constexpr (H == HardExp::own) r = fma(hard, load(in.hard + j, k), r);
+    if constexpr (H == HardExp::square || H == HardExp::fourth) r = fma(hard, power<H>(e), r);
+    r = fma(student, e, r);
+    if (class_weight) r = fma(smooth, load(class_weight + j, k), r);
     return r;
   };
   if (!past_cache)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from pydistill.engine import autograd, library
 from pydistill.engine.batch import Batch
-from pydistill.engine.checks import check_options, check_tensors, warn_of_probabilities
+from pydistill.engine.checks import check_options, check_tensors, is_fake, warn_of_probabilities
 from pydistill.formulas import loss_dtype
 
 
@@ -128,7 +128,7 @@ def distillation_loss(
         >>> print(f"{loss.item():.4f}", student_logits.grad.shape)
         0.4104 torch.Size([2, 3])
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or is_fake(student_logits):
         return _with_metrics(
             library.traced_loss(
                 student_logits,

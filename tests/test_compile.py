@@ -276,3 +276,17 @@ class TestOtherTensors:
         student, teacher, labels = batch()
         with pytest.raises(ValueError, match=r"teacher and student_logits must be on one device.*meta.*cpu"):
             pydistill.distillation_loss(student, teacher.to("meta"), labels)
+
+
+def test_fake_tensors_take_the_op():
+    """Shapes and dtypes only: nothing is computed, forward and backward."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        student = torch.randn(6, 10, dtype=torch.float16, requires_grad=True)
+        teacher, labels = torch.randn(6, 10), torch.zeros(6, dtype=torch.int64)
+        loss = pydistill.distillation_loss(student, teacher, labels, reduction="none")
+        assert loss.shape == (6,) and loss.dtype == torch.float32
+        assert loss.grad_fn is not None and "pydistill" in type(loss.grad_fn).__name__
+        loss.sum().backward()
+        assert student.grad.shape == (6, 10) and student.grad.dtype == torch.float16

@@ -10,6 +10,11 @@ from pydistill.engine.batch import Options
 from pydistill.formulas import DIVERGENCES
 from pydistill.soft_targets import SoftTargets
 
+try:
+    from torch._subclasses.fake_tensor import FakeTensor as _FakeTensor
+except ImportError:
+    _FakeTensor = None
+
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 REDUCTIONS = ("none", "sum", "mean")
 
@@ -190,8 +195,14 @@ def sums_to_one(teacher) -> bool:
     return bool((row >= 0).all()) and abs(float(row.sum(dtype=torch.float64)) - 1) <= 1e-3
 
 
+# The private names of torch in the package: these two.
+def is_fake(tensor) -> bool:
+    """Whether it is a tensor without storage, as under FakeTensorMode."""
+    return type(tensor) is _FakeTensor
+
+
 def in_functorch() -> bool:
-    """Whether a functorch transform (grad, vmap, jvp, ...) is active. The only private name of torch in the package."""
+    """Whether a functorch transform (grad, vmap, jvp, ...) is active."""
     active = getattr(torch._C, "_are_functorch_transforms_active", None)
     return active() if active is not None else False
 

@@ -195,11 +195,12 @@ inline void write_gradient(const Scratch<T>& in, int n, const Coefficients<T>& b
     if (class_weight) r = fma(smooth, load(class_weight + j, k), r);
     return r;
   };
-  if (!past_cache)
+  const uintptr_t address = reinterpret_cast<uintptr_t>(out);
+  if (!past_cache || address % sizeof(T) != 0)
     return for_each<T>(n, 0, [&](int j, int k, auto width) {
       for (int i = 0; i < width; ++i) store(out + j + i * kLanes<T>, value(j + i * kLanes<T>, k), k);
     });
-  const int misaligned = int(reinterpret_cast<uintptr_t>(out) % kVecBytes / sizeof(T));
+  const int misaligned = int(address % kVecBytes / sizeof(T));
   const int head = misaligned ? std::min(n, kLanes<T> - misaligned) : 0;
   for_each<T>(n, head, [&](int j, int k, auto width) {
     if (k != kLanes<T>) return store_first(out + j, value(j, k), k);

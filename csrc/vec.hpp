@@ -229,12 +229,12 @@ inline T maximum(Vec<T> a) {
 // exp2(d * c) for d <= 0 and c > 0, within 1 ULP of float (2 ULP of double) beside the rounding of c; exactly 0
 // below 2^-126 (2^-1022.5), NaN for NaN. `lowest` is lowest_exponent / c, computed once by the caller.
 //
-// With d * c = n / steps + f, the result is 2^(n / steps) * 2^f. n comes from adding 1.5 * 2^(mantissa bits) / steps,
-// which leaves it in the low bits. f, in [-1/2, 1/2] / steps, goes through one fma, so that the product is not
-// rounded, and 2^f = 1 + f * p(f).
+// With d * c = n / steps + f, the result is 2^(n / steps) * 2^f. n comes from adding 1.5 * 2^(mantissa bits) /
+// steps, which leaves it in the low bits. f, in [-1/2, 1/2] / steps, goes through one fma, so that the product is
+// not rounded, and 2^f = 1 + f * p(f).
 //
-// float with a register for a table of 8 steps: p minimax of degree 2, relative error of 2^f 2.5e-8. float without:
-// degree 5, 1.6e-8. double: Taylor of degree 12, 4e-18.
+// float with a register for a table of 8 steps: p minimax of degree 2, relative error of 2^f 2.5e-8. float
+// without: degree 5, 1.6e-8. double: Taylor of degree 12, 4e-18.
 template <class T>
 struct Exp2;
 template <>
@@ -269,13 +269,12 @@ struct BitsOf {
 template <class T>
 using Bits = typename BitsOf<T>::type;
 
-// The bits of 2^(k / steps) less k << (mantissa bits - log_steps), where k is n modulo steps: adding n shifted by as
-// much gives the bits of 2^(n / steps).
+// The bits of 2^(k / steps) less k << (mantissa bits - log_steps), where k is n modulo steps: adding n shifted by
+// as much gives the bits of 2^(n / steps).
 #if defined(__AVX2__) && !defined(PYDISTILL_PORTABLE)
-alignas(64) constexpr int32_t kStepBits[16] = {0x3f800000, 0x3f7b95c2, 0x3f7837f0, 0x3f75fed7,
-                                               0x3f7504f3, 0x3f75672a, 0x3f7744fd, 0x3f7ac0c7,
-                                               0x3f800000, 0x3f7b95c2, 0x3f7837f0, 0x3f75fed7,
-                                               0x3f7504f3, 0x3f75672a, 0x3f7744fd, 0x3f7ac0c7};
+alignas(64) constexpr int32_t kStepBits[16] = {
+    0x3f800000, 0x3f7b95c2, 0x3f7837f0, 0x3f75fed7, 0x3f7504f3, 0x3f75672a, 0x3f7744fd, 0x3f7ac0c7,
+    0x3f800000, 0x3f7b95c2, 0x3f7837f0, 0x3f75fed7, 0x3f7504f3, 0x3f75672a, 0x3f7744fd, 0x3f7ac0c7};
 inline Bits<float> step_bits(Bits<float> n) {
 #if defined(__AVX512F__)
   return (Bits<float>)_mm512_permutexvar_epi32((__m512i)n, _mm512_load_si512(kStepBits));

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from pydistill.engine import autograd, library
 from pydistill.engine.batch import Batch
-from pydistill.engine.checks import check_options, check_tensors, is_fake, warn_of_probabilities
+from pydistill.engine.checks import check_options, check_tensors, wants_op, warn_of_probabilities
 from pydistill.formulas import loss_dtype
 
 
@@ -89,7 +89,8 @@ def distillation_loss(
             For gradient accumulation it is the count over all micro-batches; under DistributedDataParallel, which
             averages over the ranks, the global count divided by the number of ranks.
         inplace: permission to write the gradient over student_logits' storage, which saves a buffer of its size. The
-            logits must not be needed afterwards: autograd raises if another operation saved them. One backward only.
+            logits must not be needed afterwards: from then on they hold the gradient, and whatever reads them (a second
+            loss, an argmax) reads that. Autograd raises only if an earlier operation had saved them. One backward only.
             Ignored where no gradient is wanted, and under torch.compile, export and functorch;
             ``backend_info().last_call`` says what was done.
         return_metrics: also return :class:`LossMetrics`, from the same pass.
@@ -111,7 +112,8 @@ def distillation_loss(
     A NaN or +inf logit makes that row NaN.
 
     Memory: one buffer of the logits' size for the gradient, none with ``inplace``. A backward that starts from a
-    gradient other than 1 makes one more; scale with ``num_items`` instead. For float16 logits and reduction="none"
+    gradient other than 1 makes one more; scale with ``num_items`` instead. Logits and teacher are kept until backward,
+    for a second derivative; changing them in place before it raises. For float16 logits and reduction="none"
     the gradient is computed in backward, so that a loss scaler acts before anything is rounded to float16. Second
     derivatives, functorch transforms, tensor subclasses and other devices go through a formula of torch operations:
     right, but with autograd's usual memory.
@@ -128,7 +130,7 @@ def distillation_loss(
         >>> print(f"{loss.item():.4f}", student_logits.grad.shape)
         0.4104 torch.Size([2, 3])
     """
-    if torch.compiler.is_compiling() or is_fake(student_logits):
+    if wants_op(student_logits):
         return _with_metrics(
             library.traced_loss(
                 student_logits,

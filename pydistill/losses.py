@@ -52,7 +52,9 @@ class DistillationLoss(torch.nn.Module):
         options = {name: value for name, value in locals().items() if name in _DEFAULTS}
         check_options(*(options[name] for name in _CHECKED))
         for name, value in options.items():
-            if isinstance(value, Tensor):
+            if name in _WEIGHTS and value is not None and not isinstance(value, Tensor):
+                raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+            if name in _WEIGHTS or isinstance(value, Tensor):
                 self.register_buffer(name, value, persistent=False)
             else:
                 setattr(self, name, value)
@@ -69,6 +71,7 @@ class DistillationLoss(torch.nn.Module):
 
 
 _DEFAULTS = distillation_loss.__kwdefaults__
+_WEIGHTS = ("sample_weight", "class_weight")
 _CHECKED = (
     "divergence",
     "beta",

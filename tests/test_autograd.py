@@ -362,3 +362,64 @@ def test_alpha_zero_is_cross_entropy(variant):
     exact = student.detach().clone().requires_grad_()
     F.cross_entropy(exact, LABELS).backward()
     close(student.grad, exact.grad)
+
+
+def test_teacher_from_inference_mode():
+    """The usual way to run a teacher; autograd refuses to save such tensors."""
+    for options in ({}, {"reduction": "none"}):
+        student = torch.randn(6, 5, requires_grad=True)
+        plain = torch.randn(6, 5)
+        with torch.inference_mode():
+            teacher = plain * 1
+        for create_graph in (False, True):
+            want, got = (
+                torch.autograd.grad(
+                    pydistill.distillation_loss(student, t, alpha=1.0, **options).sum(),
+                    student,
+                    create_graph=create_graph,
+                )[0]
+                for t in (plain, teacher)
+            )
+            assert torch.equal(want, got)
+
+
+def test_forward_mode_takes_the_formula():
+    """A tangent is never dropped."""
+    import torch.autograd.forward_ad as forward_ad
+
+    student, teacher, tangent = torch.randn(6, 5), torch.randn(6, 5), torch.randn(6, 5)
+    leaf = student.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(pydistill.distillation_loss(leaf, teacher, alpha=1.0), leaf)
+    with forward_ad.dual_level():
+        loss = pydistill.distillation_loss(forward_ad.make_dual(student, tangent), teacher, alpha=1.0)
+        got = forward_ad.unpack_dual(loss).tangent
+    torch.testing.assert_close(got.float(), (gradient * tangent).sum())
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_batched_backward(reduction):
+    """is_grads_batched: one backward for several grad_outputs, through the formula."""
+    student, teacher, labels = torch.randn(6, 5, requires_grad=True), torch.randn(6, 5), torch.randint(5, (6,))
+    loss = pydistill.distillation_loss(student, teacher, labels, reduction=reduction)
+    outputs = torch.eye(6) if reduction == "none" else torch.tensor([1.0, 3.0])
+    got = torch.autograd.grad(loss, student, outputs, is_grads_batched=True, retain_graph=True)[0]
+    for grad_output, gradient in zip(outputs, got, strict=True):
+        want = torch.autograd.grad(loss, student, grad_output, retain_graph=True)[0]
+        torch.testing.assert_close(gradient, want)
+
+
+@pytest.mark.parametrize("name", ["class_weight", "labels"])
+def test_inplace_spares_what_shares_its_memory(name):
+    """Not only the teacher."""
+    student = torch.rand(8, 8, dtype=torch.float64, requires_grad=True) * 1
+    shared = student.detach()[0] if name == "class_weight" else student.detach().view(torch.int64)[:, 0]
+    others = {"labels": torch.zeros(8, dtype=torch.int64)} | {name: shared}
+    with pytest.raises(ValueError, match=f"overwrite the {name}"):
+        pydistill.distillation_loss(student, torch.randn(8, 8), inplace=True, **others)
+
+
+def test_inplace_note_tells_of_a_copy():
+    """backend_info says when the logits' storage could not be used."""
+    student = (torch.randn(5, 6, requires_grad=True) * 1).T
+    pydistill.distillation_loss(student, torch.randn(6, 5), alpha=1.0, inplace=True).backward()
+    assert "inplace ignored" in pydistill.backend_info().last_call

@@ -286,7 +286,23 @@ def test_fake_tensors_take_the_op():
         student = torch.randn(6, 10, dtype=torch.float16, requires_grad=True)
         teacher, labels = torch.randn(6, 10), torch.zeros(6, dtype=torch.int64)
         loss = pydistill.distillation_loss(student, teacher, labels, reduction="none")
-        assert loss.shape == (6,) and loss.dtype == torch.float32
-        assert loss.grad_fn is not None and "pydistill" in type(loss.grad_fn).__name__
+        assert loss.shape == (6,)
+        assert loss.dtype == torch.float32
+        assert loss.grad_fn is not None
+        assert "pydistill" in type(loss.grad_fn).__name__
         loss.sum().backward()
-        assert student.grad.shape == (6, 10) and student.grad.dtype == torch.float16
+        assert student.grad.shape == (6, 10)
+        assert student.grad.dtype == torch.float16
+
+
+def test_recorders_take_the_op():
+    """jit.trace and make_fx record the op, not the number that came out."""
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    first, second, teacher = torch.randn(6, 5), torch.randn(6, 5), torch.randn(6, 5)
+
+    def loss(student):
+        return pydistill.distillation_loss(student, teacher, alpha=1.0)
+
+    for recorded in (torch.jit.trace(loss, (first,)), make_fx(loss)(first)):
+        torch.testing.assert_close(recorded(second), loss(second))

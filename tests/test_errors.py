@@ -1,9 +1,13 @@
 """Bad inputs: the exception's type and words, the same on every backend, and nothing written before it."""
 
 import math
+import os
 import re
+import subprocess
+import sys
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from conftest import VARIANTS
@@ -261,3 +265,38 @@ def test_unknown_options_and_positions_are_pythons_errors():
         pydistill.distillation_loss(**good(), temprature=2.0)
     with pytest.raises(TypeError, match="positional"):
         pydistill.distillation_loss(*good().values(), "forward_kl")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("ignore_index", -100.5),
+        ("ignore_index", None),
+        ("t_squared", "no"),
+        ("label_smoothing", "0.1"),
+        ("label_smoothing", None),
+        ("temperature", np.array([4.0])),
+        ("divergence", ["forward_kl"]),
+    ],
+)
+def test_option_of_another_type(name, value):
+    """The error names the argument."""
+    with pytest.raises((TypeError, ValueError), match=name):
+        pydistill.distillation_loss(torch.randn(2, 3), torch.randn(2, 3), alpha=1.0, **{name: value})
+
+
+def test_hint_when_the_classes_are_dimension_1():
+    """For the teacher as for the labels."""
+    with pytest.raises(ValueError, match=r"teacher\.movedim\(1, -1\)"):
+        pydistill.distillation_loss(torch.randn(2, 5, 7), torch.randn(2, 7, 5), alpha=1.0)
+
+
+@pytest.mark.parametrize("setting", ["PYDISTILL_BACKEND", "PYDISTILL_ISA"])
+def test_error_names_the_environment(setting):
+    """Not some argument that the user never passed."""
+    code = "import torch, pydistill; pydistill.distillation_loss(torch.zeros(1, 2), torch.zeros(1, 2), alpha=1.0)"
+    environment = os.environ | {"PYDISTILL_BACKEND": "compiled", setting: "bogus"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode != 0
+    if setting == "PYDISTILL_BACKEND" or "ValueError" in done.stderr:  # without the core an ISA is an ImportError
+        assert f"{setting}=bogus" in done.stderr

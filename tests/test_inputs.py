@@ -307,3 +307,14 @@ def test_soft_targets_reject(name):
         make(torch.tensor([[1, 0]]))
     with pytest.raises(ValueError, match=rf"{name} must have the classes as its last dimension, got a scalar"):
         make(torch.tensor(1.0))
+
+
+def test_address_that_is_no_multiple_of_the_element_size():
+    """Past the caches too, where aligned vectors are streamed: no such address can be reached from this one."""
+    n, c = 270, 32000  # a gradient of more than 32 MiB
+    memory = bytearray(4 * n * c + 4)
+    leaf = torch.zeros(c, requires_grad=True)
+    student = torch.frombuffer(memory, dtype=torch.float32, offset=1, count=n * c).view(n, c).add_(leaf)
+    loss = pydistill.distillation_loss(student, torch.randn(1, c).expand(n, c), alpha=1.0, inplace=True)
+    loss.backward()
+    assert leaf.grad.isfinite().all()

@@ -5,14 +5,14 @@ from torch import Tensor
 
 from pydistill.engine import backend
 from pydistill.engine.batch import Batch, Outcome
-from pydistill.engine.checks import check_rows, in_functorch
+from pydistill.engine.checks import check_rows, in_functorch, is_batched
 from pydistill.formulas import counted_rows, denominators, loss_formula
 
 
 class _Call:
     """One call of the loss on its way through autograd, which takes tensors and opaque objects only."""
 
-    __slots__ = ("batch", "engine", "inplace", "metrics", "outcome")
+    __slots__ = ("batch", "engine", "inference", "inplace", "metrics", "outcome")
 
     def __init__(self, batch, engine, inplace, metrics):
         self.batch, self.engine, self.inplace, self.metrics = batch, engine, inplace, metrics
@@ -37,7 +37,7 @@ def run(batch: Batch, inplace: bool, metrics: bool):
     else:
         outcome = engine.evaluate(flat, None, 1.0, metrics)
         loss = outcome.loss
-    backend.last_call.text = engine.name + _inplace_note(wants_gradient) if inplace else engine.name
+    backend.last_call.text = engine.name + _inplace_note(wants_gradient, batch, flat) if inplace else engine.name
     if batch.options.reduction == "none" and student.dim() != 2:
         loss = loss.reshape(student.shape[:-1])
     return loss, outcome
@@ -62,8 +62,14 @@ class _FusedLoss(torch.autograd.Function):
         if call.inplace and gradient is not None:
             torch.autograd.graph.increment_version(student)
             student = None
-        # Every tensor goes through save_for_backward: attributes of ctx escape torch's check for a freed graph.
-        ctx.save_for_backward(gradient, student, *batch[1:5])
+        # Tensors go through save_for_backward: attributes of ctx escape torch's check for a freed graph. It refuses
+        # those of inference_mode, which nobody can change without it.
+        constants = batch[1:5]
+        call.inference = None
+        if any(x is not None and x.is_inference() for x in constants):
+            call.inference = [x if x is not None and x.is_inference() else None for x in constants]
+            constants = [None if x is not None and x.is_inference() else x for x in constants]
+        ctx.save_for_backward(gradient, student, *constants)
         call.batch = batch.options
         return outcome.loss
 
@@ -71,9 +77,13 @@ class _FusedLoss(torch.autograd.Function):
     def backward(ctx, grad_output):
         gradient, student, *others = ctx.saved_tensors
         call = ctx.call
-        if torch.is_grad_enabled():  # create_graph
+        if call.inference is not None:
+            others = [saved if kept is None else kept for saved, kept in zip(others, call.inference, strict=True)]
+        if torch.is_grad_enabled() or is_batched(grad_output):  # create_graph, is_grads_batched
             if call.inplace:
-                raise RuntimeError("inplace=True: no second derivative, the logits are overwritten by the gradient")
+                raise RuntimeError(
+                    "inplace=True: no second derivative and no batched one, the logits are overwritten by the gradient"
+                )
             return _second_order(Batch(student, *others, call.batch), grad_output), None
         if call.inplace:
             if call.engine is None:
@@ -139,8 +149,12 @@ def _as_rows(logits: Tensor) -> Tensor:
     return logits if logits.stride(1) == 1 else logits.contiguous()
 
 
-def _inplace_note(wants_gradient) -> str:
-    return ", gradient in place" if wants_gradient else "; inplace ignored: no gradient is wanted"
+def _inplace_note(wants_gradient, batch, flat) -> str:
+    if not wants_gradient:
+        return "; inplace ignored: no gradient is wanted"
+    if flat.student.data_ptr() != batch.student.data_ptr():
+        return "; inplace ignored: these strides of student_logits cost a copy, which holds the gradient"
+    return ", gradient in place"
 
 
 def _why_formula(batch) -> str | None:
@@ -198,7 +212,7 @@ def _share(flags, rows, dtype):
 
 
 def _check_inplace(batch):
-    student, teacher = batch.student, batch.teacher
+    student = batch.student
     base = student._base  # of a view
     if student.is_leaf or (base is not None and base.is_leaf and base.requires_grad):
         raise ValueError(
@@ -209,8 +223,11 @@ def _check_inplace(batch):
             f"inplace=True needs rows that do not overlap in memory, got student_logits of shape "
             f"{tuple(student.shape)} with strides {student.stride()}"
         )
-    if teacher is not None and _memory(student)[0] < _memory(teacher)[1] and _memory(teacher)[0] < _memory(student)[1]:
-        raise ValueError("inplace=True would overwrite the teacher: teacher and student_logits overlap in memory")
+    start, end = _memory(student)
+    for name in ("teacher", "labels", "sample_weight", "class_weight"):
+        other = getattr(batch, name)
+        if other is not None and start < _memory(other)[1] and _memory(other)[0] < end:
+            raise ValueError(f"inplace=True would overwrite the {name}: {name} and student_logits overlap in memory")
 
 
 def _overlaps_itself(tensor) -> bool:

@@ -109,8 +109,8 @@ def _make(name, isa=None, threads=None):
         raise ValueError(f"isa belongs to the compiled backend, got isa={isa!r} with {name!r}")
     if threads is not None and name != "numba":
         raise ValueError(f"threads belongs to the numba backend, got threads={threads!r} with {name!r}")
-    if threads is not None and threads < 1:
-        raise ValueError(f"threads must be at least 1, got {threads!r}")
+    if threads is not None and (type(threads) is not int or threads < 1):
+        raise ValueError(f"threads must be a whole number of at least 1, got {threads!r}")
     if name == "torch":
         return TorchBackend()
     if name == "numba":
@@ -123,15 +123,22 @@ def _make(name, isa=None, threads=None):
     return CompiledBackend(core, isa)
 
 
+def _from_environment(name, isa, setting):
+    try:
+        return _make(name, isa)
+    except ValueError as error:
+        raise ValueError(f"{setting} in the environment: {error}") from None
+
+
 @lru_cache(maxsize=1)
 def _default():
     """The environment's choice, else the best that is there. A worse one than compiled is announced once."""
     name, isa = os.environ.get("PYDISTILL_BACKEND") or None, os.environ.get("PYDISTILL_ISA") or None
     if name is not None:
         reason = f"PYDISTILL_BACKEND={name}" + (f", PYDISTILL_ISA={isa}" if isa else "")
-        return _make(name, isa), reason
+        return _from_environment(name, isa, reason), reason
     try:
-        backend = _make("compiled", isa)
+        backend = _from_environment("compiled", isa, f"PYDISTILL_ISA={isa}")
         reason = f"PYDISTILL_ISA={isa}" if isa else f"best of {', '.join(_core().ISAS)} for this CPU"
         return backend, reason
     except ImportError as error:

@@ -5,6 +5,7 @@ import warnings
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from pydistill.engine.batch import Options
 from pydistill.formulas import DIVERGENCES
@@ -23,7 +24,7 @@ def check_options(
     divergence, beta, temperature, alpha, t_squared, ignore_index, unlabeled, label_smoothing, reduction, num_items
 ) -> Options:
     """Every rule about an option that needs no tensor of the batch."""
-    entry = DIVERGENCES.get(divergence)
+    entry = DIVERGENCES.get(divergence) if isinstance(divergence, str) else None
     if entry is None:
         raise ValueError(f"divergence must be one of {', '.join(DIVERGENCES)}; got {divergence!r}")
     if beta is not None and entry.beta is None:
@@ -36,8 +37,14 @@ def check_options(
         alpha = _number("alpha", alpha)
     if not 0 <= alpha <= 1:
         raise ValueError(f"alpha, the weight of the soft term, must be in [0, 1], got {alpha!r}")
+    if type(label_smoothing) is not float:
+        label_smoothing = _number("label_smoothing", label_smoothing)
     if not 0 <= label_smoothing <= 1:
         raise ValueError(f"label_smoothing must be in [0, 1], got {label_smoothing!r}")
+    if t_squared is not True and t_squared is not False:
+        raise TypeError(f"t_squared must be True or False, got {t_squared!r}")
+    if type(ignore_index) is not int:
+        raise TypeError(f"ignore_index must be an int, got {ignore_index!r}")
     if unlabeled not in ("skip", "distill"):
         raise ValueError(f'unlabeled must be "skip" or "distill", got {unlabeled!r}')
     check_reduction(reduction)
@@ -74,7 +81,7 @@ def _number(name, value) -> float:
         if value.dim() != 0:
             raise ValueError(f"{name} must be a number or a 0-d tensor, got a tensor of shape {tuple(value.shape)}")
         return float(value)
-    if isinstance(value, bool) or not hasattr(value, "__float__"):
+    if isinstance(value, bool) or not hasattr(value, "__float__") or getattr(value, "ndim", 0) != 0:
         raise TypeError(f"{name} must be a number or a 0-d tensor, got {value!r}")
     return float(value)
 
@@ -125,9 +132,14 @@ def _check_teacher(teacher, student):
     if teacher.dtype not in DTYPES:
         raise TypeError(f"teacher must be float32, float64, bfloat16 or float16, got {teacher.dtype}")
     if teacher.shape != student.shape:
+        hint = ""
+        if teacher.dim() > 2 and teacher.movedim(1, -1).shape == student.shape:
+            hint = "; if the teacher's classes are dimension 1, pass teacher.movedim(1, -1)"
+        elif student.dim() > 2 and student.movedim(1, -1).shape == teacher.shape:
+            hint = "; if the student's classes are dimension 1, pass student_logits.movedim(1, -1)"
         raise ValueError(
             f"teacher must have the shape of student_logits, got teacher {tuple(teacher.shape)} and "
-            f"student_logits {tuple(student.shape)}"
+            f"student_logits {tuple(student.shape)}{hint}"
         )
     _check_device("teacher", teacher, student)
     return teacher
@@ -195,16 +207,31 @@ def sums_to_one(teacher) -> bool:
     return bool((row >= 0).all()) and abs(float(row.sum(dtype=torch.float64)) - 1) <= 1e-3
 
 
-# The private names of torch in the package: these two.
-def is_fake(tensor) -> bool:
-    """Whether it is a tensor without storage, as under FakeTensorMode."""
-    return type(tensor) is _FakeTensor
+# The private names of torch in the package; each has a fallback.
+def wants_op(student) -> bool:
+    """Whether the call is being recorded, or has no storage: by compile, export, jit.trace, make_fx, fake tensors."""
+    return torch.compiler.is_compiling() or type(student) is _FakeTensor or _dispatch_modes() > 0 or _is_tracing()
 
 
 def in_functorch() -> bool:
-    """Whether a functorch transform (grad, vmap, jvp, ...) is active."""
-    active = getattr(torch._C, "_are_functorch_transforms_active", None)
-    return active() if active is not None else False
+    """Whether a functorch transform (grad, vmap, jvp, ...) or forward-mode differentiation is active."""
+    return _functorch_active() or getattr(forward_ad, "_current_level", -1) >= 0
+
+
+def is_batched(grad_output) -> bool:
+    """Whether it stands for several gradients at once, as under ``is_grads_batched``."""
+    return _is_batched(grad_output) or _is_legacy_batched(grad_output)
+
+
+def _never(*_):
+    return False
+
+
+_functorch_active = getattr(torch._C, "_are_functorch_transforms_active", _never)
+_is_batched = getattr(torch._C._functorch, "is_batchedtensor", _never)
+_is_legacy_batched = getattr(torch._C._functorch, "is_legacy_batchedtensor", _never)
+_dispatch_modes = getattr(torch._C, "_len_torch_dispatch_stack", _never)
+_is_tracing = getattr(torch._C, "_is_tracing", torch.jit.is_tracing)
 
 
 def check_rows(batch):

@@ -11,7 +11,7 @@ from torch import Tensor
 from pydistill.engine import backend
 from pydistill.engine.autograd import flatten
 from pydistill.engine.batch import Batch, Outcome
-from pydistill.engine.checks import check_options, check_reduction, check_tensors
+from pydistill.engine.checks import check_options, check_reduction, check_tensors, warn_of_probabilities
 from pydistill.formulas import DIVERGENCES, loss_dtype
 
 _ARGUMENTS = (
@@ -109,6 +109,8 @@ def _loss_op(student, *arguments):
     """Loss, soft term, hard term, and (agreement, accuracy, soft items, hard items)."""
     outcome = backend.evaluate(_batch(student, *arguments[:-1]), metrics=arguments[-1])
     backend.last_call.text = f"{backend.current().name}, through the torch.library op (compile or export)"
+    if outcome.teacher_sums_to_one:
+        warn_of_probabilities()
     dtype = loss_dtype(student)
     rows = outcome.loss.dim() == 1
 

@@ -68,7 +68,8 @@ def distillation_loss(
         student_logits: ``(..., C)``, classes last; float32, float64, bfloat16 or float16. Any strides; a non-unit
             stride of the last dimension costs a copy. For classes in dimension 1 pass ``logits.movedim(1, -1)``.
         teacher: logits ``(..., C)`` of any of these dtypes, or :class:`SoftTargets` (which also takes
-            probabilities). May be None at alpha = 0.
+            probabilities). May be None at alpha = 0. From ``torch.inference_mode()`` too, but under torch.compile
+            from ``torch.no_grad()``: a compiled graph cannot save the former.
         labels: class indices ``(...)``, int64 or int32. May be None at alpha = 1.
         divergence: "forward_kl" or "reverse_kl".
         beta: the divergence's parameter; neither of these two has one.
@@ -91,7 +92,7 @@ def distillation_loss(
         inplace: permission to write the gradient over student_logits' storage, which saves a buffer of its size. The
             logits must not be needed afterwards: from then on they hold the gradient, and whatever reads them (a second
             loss, an argmax) reads that. Autograd raises only if an earlier operation had saved them. One backward only.
-            Ignored where no gradient is wanted, and under torch.compile, export and functorch;
+            Ignored where no gradient is wanted, and under torch.compile, other recorders and functorch;
             ``backend_info().last_call`` says what was done.
         return_metrics: also return :class:`LossMetrics`, from the same pass.
 
@@ -101,7 +102,8 @@ def distillation_loss(
     Raises:
         ValueError: shapes or devices that disagree, an option outside its range, a missing teacher or labels, a
             negative or infinite sample weight; with ``inplace``, a leaf, or rows or a teacher that overlap in memory.
-        TypeError: integer logits, labels of another dtype, a temperature, alpha or weight that requires a gradient.
+        TypeError: integer logits, labels or an option of another type, a temperature, alpha or weight that requires a
+            gradient.
         IndexError: a label that is neither in [0, C) nor ignore_index; the message names the first such row. Nothing
             has been written then.
 
@@ -113,10 +115,10 @@ def distillation_loss(
 
     Memory: one buffer of the logits' size for the gradient, none with ``inplace``. A backward that starts from a
     gradient other than 1 makes one more; scale with ``num_items`` instead. Logits and teacher are kept until backward,
-    for a second derivative; changing them in place before it raises. For float16 logits and reduction="none"
-    the gradient is computed in backward, so that a loss scaler acts before anything is rounded to float16. Second
-    derivatives, functorch transforms, tensor subclasses and other devices go through a formula of torch operations:
-    right, but with autograd's usual memory.
+    for a second derivative; changing them in place before it raises. For float16 logits and reduction="none" the
+    gradient is computed in backward, so that a loss scaler acts before anything is rounded to float16. Second
+    derivatives, forward mode, functorch transforms, tensor subclasses and other devices go through a formula of torch
+    operations: right, but with autograd's usual memory.
 
     Source: Hinton, Vinyals, Dean, "Distilling the Knowledge in a Neural Network", 2015, arXiv:1503.02531.
 

@@ -393,6 +393,9 @@ def test_forward_mode_takes_the_formula():
     with forward_ad.dual_level():
         loss = pydistill.distillation_loss(forward_ad.make_dual(student, tangent), teacher, alpha=1.0)
         got = forward_ad.unpack_dual(loss).tangent
+        labels = torch.tensor([0, 5, 0, 0, 0, 0])
+        with pytest.raises(IndexError, match="row 1 holds 5"):
+            pydistill.distillation_loss(forward_ad.make_dual(student, tangent), teacher, labels)
     torch.testing.assert_close(got.float(), (gradient * tangent).sum())
 
 

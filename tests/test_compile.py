@@ -1,11 +1,14 @@
 """torch.compile, torch.export, functorch, tensor subclasses and other devices."""
 
+import warnings
+
 import pytest
 import torch
 from reference import loss, loss_and_gradient
 from torch._dynamo.testing import CompileCounter
 
 import pydistill
+from pydistill.engine import checks
 from pydistill.formulas import DIVERGENCES
 
 C = 6
@@ -61,7 +64,7 @@ class TestCompile:
             value, metrics = function(student)
             weights = torch.arange(1.0, 1 + value.numel()).reshape(value.shape)
             results += [value.detach(), metrics, *torch.autograd.grad(value, student, weights)]
-        assert last_call() == f"{variant[0]}, through the torch.library op (compile or export)"
+        assert last_call() == f"{variant[0]}, through the torch.library op (compile, export, or another recorder)"
         for eager, got in zip(results[:3], results[3:], strict=True):
             torch.testing.assert_close(got, eager, rtol=1e-6, atol=1e-7, equal_nan=True)
 
@@ -187,6 +190,7 @@ def test_opcheck(options, dtype):
             options.get("label_smoothing", 0.0),
             options.get("reduction", "mean"),
             True,
+            True,
         ),
         test_utils=utils,
     )
@@ -306,3 +310,19 @@ def test_recorders_take_the_op():
 
     for recorded in (torch.jit.trace(loss, (first,)), make_fx(loss)(first)):
         torch.testing.assert_close(recorded(second), loss(second))
+
+
+def test_probability_warning_under_compile(monkeypatch):
+    """For a plain tensor; SoftTargets say what they are."""
+    monkeypatch.setattr(checks, "_probability_warning_given", False)
+    student, probs = torch.randn(4, 3), torch.full((4, 3), 1 / 3)
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def loss(teacher):
+        return pydistill.distillation_loss(student, teacher, alpha=1.0)
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="teacher looks like probabilities")
+        loss(pydistill.SoftTargets.from_logits(probs))
+        with pytest.raises(UserWarning, match="teacher looks like probabilities"):
+            loss(probs)

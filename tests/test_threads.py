@@ -3,12 +3,17 @@
 import multiprocessing
 import threading
 
+import numpy as np
 import pytest
 import torch
 from reference import loss_and_gradient
 from torch.utils.data import DataLoader, TensorDataset
 
 import pydistill
+from pydistill.engine import numba_kernels
+from pydistill.engine.batch import Batch
+from pydistill.engine.checks import check_options
+from pydistill.formulas import DIVERGENCES
 
 FORK = multiprocessing.get_context("fork")
 
@@ -162,3 +167,26 @@ def test_training_loop_around_forked_workers(variant):
     assert losses == pytest.approx(want_losses, rel=1e-5)
     torch.testing.assert_close(weight, want_weight)
     assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_numba_does_not_depend_on_where_its_memory_lies(divergence):
+    """The bits of a short row, with the scratch at every distance behind the logits: LLVM's loops look at it."""
+    buffer = np.zeros(1000, np.float32)
+    options = check_options(divergence, None, 2.0, 0.7, True, -100, "skip", 0.0, "mean", None)
+    second_pass = None if divergence == "forward_kl" else numba_kernels._second_pass(DIVERGENCES[divergence])
+    for classes in (5, 9, 21, 40):
+        row = torch.zeros(1, classes)
+        settings, _ = numba_kernels._settings(Batch(row, row, row[0, :1].long(), None, None, options), True, False)
+        s, t = (3 * torch.randn(2, classes)).numpy()
+        logits = buffer[:classes]
+        logits[:] = s
+        found = set()
+        for distance in range(80):
+            scratch = numba_kernels._new_scratch(classes, settings, np.float32)
+            scratch = scratch._replace(
+                student=buffer[classes + distance :][:classes], teacher=buffer[2 * classes + 2 * distance :][:classes]
+            )
+            sums = numba_kernels.scan(logits, t, settings, scratch)
+            found.add((sums, second_pass and second_pass(logits, t, sums, settings, scratch)))
+        assert len(found) == 1

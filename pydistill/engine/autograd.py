@@ -5,7 +5,7 @@ from torch import Tensor
 
 from pydistill.engine import backend
 from pydistill.engine.batch import Batch, Outcome
-from pydistill.engine.checks import check_rows, in_functorch, is_batched
+from pydistill.engine.checks import check_rows, in_forward_mode, in_functorch, is_batched
 from pydistill.formulas import counted_rows, denominators, loss_formula
 
 
@@ -66,9 +66,9 @@ class _FusedLoss(torch.autograd.Function):
         # those of inference_mode, which nobody can change without it.
         constants = batch[1:5]
         call.inference = None
-        if any(x is not None and x.is_inference() for x in constants):
-            call.inference = [x if x is not None and x.is_inference() else None for x in constants]
-            constants = [None if x is not None and x.is_inference() else x for x in constants]
+        if any(map(_from_inference_mode, constants)):
+            call.inference = [x if _from_inference_mode(x) else None for x in constants]
+            constants = [None if _from_inference_mode(x) else x for x in constants]
         ctx.save_for_backward(gradient, student, *constants)
         call.batch = batch.options
         return outcome.loss
@@ -104,6 +104,10 @@ class _FusedLoss(torch.autograd.Function):
 
 # Function.apply less its look for functorch, which run() has had: a twentieth of a small batch's time.
 _apply = super(torch.autograd.Function, _FusedLoss).apply
+
+
+def _from_inference_mode(tensor) -> bool:
+    return tensor is not None and tensor.is_inference()
 
 
 def _second_order(batch, grad_output):
@@ -168,6 +172,8 @@ def _why_formula(batch) -> str | None:
             return f"device {tensor.device}"
     if in_functorch():
         return "functorch transform"
+    if in_forward_mode():
+        return "forward-mode differentiation"
     return None
 
 

@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -43,8 +44,8 @@ def check_options(
         raise ValueError(f"label_smoothing must be in [0, 1], got {label_smoothing!r}")
     if t_squared is not True and t_squared is not False:
         raise TypeError(f"t_squared must be True or False, got {t_squared!r}")
-    if type(ignore_index) is not int:
-        raise TypeError(f"ignore_index must be an int, got {ignore_index!r}")
+    if not isinstance(ignore_index, Integral):
+        raise TypeError(f"ignore_index must be an integer, got {ignore_index!r}")
     if unlabeled not in ("skip", "distill"):
         raise ValueError(f'unlabeled must be "skip" or "distill", got {unlabeled!r}')
     check_reduction(reduction)
@@ -214,8 +215,13 @@ def wants_op(student) -> bool:
 
 
 def in_functorch() -> bool:
-    """Whether a functorch transform (grad, vmap, jvp, ...) or forward-mode differentiation is active."""
-    return _functorch_active() or getattr(forward_ad, "_current_level", -1) >= 0
+    """Whether a functorch transform (grad, vmap, jvp, ...) is active: tensors may then have no values to look at."""
+    return _functorch_active()
+
+
+def in_forward_mode() -> bool:
+    """Whether forward-mode differentiation is active; tensors have values, and perhaps tangents."""
+    return getattr(forward_ad, "_current_level", -1) >= 0
 
 
 def is_batched(grad_output) -> bool:
@@ -228,8 +234,9 @@ def _never(*_):
 
 
 _functorch_active = getattr(torch._C, "_are_functorch_transforms_active", _never)
-_is_batched = getattr(torch._C._functorch, "is_batchedtensor", _never)
-_is_legacy_batched = getattr(torch._C._functorch, "is_legacy_batchedtensor", _never)
+_functorch = getattr(torch._C, "_functorch", None)
+_is_batched = getattr(_functorch, "is_batchedtensor", _never)
+_is_legacy_batched = getattr(_functorch, "is_legacy_batchedtensor", _never)
 _dispatch_modes = getattr(torch._C, "_len_torch_dispatch_stack", _never)
 _is_tracing = getattr(torch._C, "_is_tracing", torch.jit.is_tracing)
 

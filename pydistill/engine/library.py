@@ -44,6 +44,7 @@ def traced_loss(
     check_reduction(reduction)
     if divergence not in DIVERGENCES:
         raise ValueError(f"divergence must be one of {', '.join(DIVERGENCES)}; got {divergence!r}")
+    plain_teacher = isinstance(teacher, Tensor)
     teacher, sample_weight, class_weight = check_tensors(
         student, teacher, labels, sample_weight, class_weight, soft=teacher is not None, hard=False
     )
@@ -67,6 +68,7 @@ def traced_loss(
         label_smoothing,
         reduction,
         metrics,
+        plain_teacher,
     )
     loss, soft, hard, shares = outputs
     return Outcome(loss, soft, hard, *shares.unbind(), False)
@@ -103,13 +105,16 @@ def _batch(student, teacher, labels, sample_weight, class_weight, temperature, a
 @torch.library.custom_op(
     "pydistill::distillation_loss",
     mutates_args=(),
-    schema=f"({_ARGUMENTS}, bool metrics) -> (Tensor, Tensor, Tensor, Tensor)",
+    schema=f"({_ARGUMENTS}, bool metrics, bool plain_teacher) -> (Tensor, Tensor, Tensor, Tensor)",
 )
 def _loss_op(student, *arguments):
     """Loss, soft term, hard term, and (agreement, accuracy, soft items, hard items)."""
-    outcome = backend.evaluate(_batch(student, *arguments[:-1]), metrics=arguments[-1])
-    backend.last_call.text = f"{backend.current().name}, through the torch.library op (compile or export)"
-    if outcome.teacher_sums_to_one:
+    *arguments, metrics, plain_teacher = arguments
+    outcome = backend.evaluate(_batch(student, *arguments), metrics=metrics)
+    backend.last_call.text = (
+        f"{backend.current().name}, through the torch.library op (compile, export, or another recorder)"
+    )
+    if outcome.teacher_sums_to_one and plain_teacher:
         warn_of_probabilities()
     dtype = loss_dtype(student)
     rows = outcome.loss.dim() == 1
@@ -123,7 +128,7 @@ def _loss_op(student, *arguments):
 
 @_loss_op.register_fake
 def _(student, *arguments):
-    shape = student.shape[:-1] if arguments[-2] == "none" else ()
+    shape = student.shape[:-1] if arguments[-3] == "none" else ()
     results = (student.new_empty(shape, dtype=loss_dtype(student)) for _ in range(3))
     return *results, student.new_empty(4, dtype=loss_dtype(student))
 
@@ -150,12 +155,13 @@ def _(grad_output, student, *arguments):
 
 def _setup_context(ctx, inputs, output):
     ctx.save_for_backward(*inputs[:9])
-    ctx.choices = inputs[9:-1]
+    ctx.choices = inputs[9:-2]
 
 
 def _backward(ctx, grad_output, *unused):
     gradient = torch.ops.pydistill.distillation_loss_backward(grad_output, *ctx.saved_tensors, *ctx.choices)
-    return gradient, *(None,) * (len(ctx.saved_tensors) + len(ctx.choices))
+    others = len(ctx.saved_tensors) - 1 + len(ctx.choices) + 2  # and the op's last two arguments
+    return gradient, *(None,) * others
 
 
 _loss_op.register_autograd(_backward, setup_context=_setup_context)

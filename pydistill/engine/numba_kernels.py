@@ -9,7 +9,9 @@ float32 and float64 are computed as they are. Rows of a half type, and rows whos
 pass through small buffers of converted rows. A block's sums are in the row's dtype, a row's in float64.
 
 Here LLVM makes the vectors, so every inner loop is plain: no branch, no call, and a reduction only where
-`accumulate` or `larger` allows its reordering. Nothing else is compiled with fast-math: the shifted
+`accumulate` or `larger` allows its reordering. A loop that sums does not store: with a store in it LLVM's code
+looks at run time whether the arrays lie near each other and takes another loop if so, and the order of the
+additions, the last bit, would depend on addresses. Nothing else is compiled with fast-math: the shifted
 differences and the rounding in `exp2` must stay as they are written.
 
 Denormal numbers are not flushed to zero as in the C++ core: rows whose exponentials end there are slower.
@@ -252,15 +254,21 @@ def block_maximum(x, start):
 
 
 @_njit
+def plain_sum(x):
+    """Sum of a block, in its dtype."""
+    total = x.dtype.type(0)
+    for j in range(len(x)):
+        total = accumulate(total, x[j])
+    return total
+
+
+@_njit
 def exponentials(x, maximum, temperature, out):
     """``out = exp((x - maximum) / temperature)``, and its sum."""
     shift, c = x.dtype.type(maximum), x.dtype.type(_LOG2E / temperature)
-    total = x.dtype.type(0)
     for j in range(len(x)):
-        e = exp2(x[j] - shift, c)
-        out[j] = e
-        total = accumulate(total, e)
-    return total
+        out[j] = exp2(x[j] - shift, c)
+    return plain_sum(out)
 
 
 @_njit
@@ -475,15 +483,14 @@ def _second_pass(divergence):
         real = s.dtype.type
         ms, mt, inverse = real(sums.student_max), real(sums.teacher_max), real(1 / temperature)
         log_e, log_f = real(math.log(sums.student)), real(math.log(sums.teacher))
-        value = h_sum = real(0)
+        value = real(0)
         for j in range(len(s)):
             log_p, log_q = (t[j] - mt) * inverse - log_f, (s[j] - ms) * inverse - log_e
-            point = Point(f[j] * by_f, e[j] * by_e, log_p, log_q)
-            h = real(h_of(point, real(beta)))
-            value = accumulate(value, real(value_of(point, real(beta))))
-            h_sum = accumulate(h_sum, h)
-            f[j] = h
-        return value, h_sum
+            value = accumulate(value, real(value_of(Point(f[j] * by_f, e[j] * by_e, log_p, log_q), real(beta))))
+        for j in range(len(s)):
+            log_p, log_q = (t[j] - mt) * inverse - log_f, (s[j] - ms) * inverse - log_e
+            f[j] = h_of(Point(f[j] * by_f, e[j] * by_e, log_p, log_q), real(beta))
+        return value, plain_sum(f)
 
     pointwise = _njit(pointwise, on_disk=False)
 

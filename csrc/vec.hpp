@@ -226,8 +226,9 @@ inline T maximum(Vec<T> a) {
   return lane[0];
 }
 
-// exp2(d * c) for d <= 0 and c > 0, within 1 ULP of float (2 ULP of double) beside the rounding of c; exactly 0
-// below 2^-126 (2^-1022.5), NaN for NaN. `lowest` is lowest_exponent / c, computed once by the caller.
+// exp2(d * c) for d <= 0 and c > 0; exactly 0 below 2^-126 (double: 2^-1022.5), NaN for NaN. Beside the rounding
+// of c, within 1.5 ULP of float (2 of double) where the hardware fuses multiply and add, and |d * c| more where it
+// does not. `lowest` is lowest_exponent / c, computed once by the caller.
 //
 // With d * c = n / steps + f, the result is 2^(n / steps) * 2^f. n comes from adding 1.5 * 2^(mantissa bits) /
 // steps, which leaves it in the low bits. f, in [-1/2, 1/2] / steps, goes through one fma, so that the product is

@@ -1,7 +1,9 @@
 """The examples in the docstrings and in the README run, and every public name documents itself."""
 
+import contextlib
 import doctest
 import importlib
+import io
 import pkgutil
 import re
 import tomllib
@@ -28,14 +30,34 @@ def test_public_names_have_examples(name):
     assert ">>>" in getattr(pydistill, name).__doc__
 
 
-def test_readme_code_runs(capsys):
+@pytest.fixture(scope="module")
+def readme_loop():
+    """What the README's two code blocks leave behind, and what they print."""
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     assert len(blocks) == 2
+    printed = io.StringIO()
     for block in blocks:
         namespace = {}
-        exec(compile(block, "README.md", "exec"), namespace)
+        with contextlib.redirect_stdout(printed):
+            exec(compile(block, "README.md", "exec"), namespace)
+    return namespace, printed.getvalue()
+
+
+def test_readme_code_runs(readme_loop):
+    namespace, printed = readme_loop
     assert torch.isfinite(namespace["trainer"].predict(torch.tensor(namespace["X_test"]))).all()
-    assert 0.8 < float(re.search(r"0\.\d+", capsys.readouterr().out)[0]) <= 1.0
+    assert 0.8 < float(re.search(r"0\.\d+", printed)[0]) <= 1.0
+
+
+def test_readme_figures_of_the_tutorial(readme_loop):
+    """Mean maximum of the softmax of probabilities, and of a forest's on rows it has and has not seen."""
+    namespace, _ = readme_loop
+    probs, forest = torch.tensor(namespace["probs"]), namespace["forest"]
+    forest.fit(namespace["X"], namespace["y"])
+    seen, unseen = (forest.predict_proba(namespace[rows]).max(1).mean() for rows in ("X", "X_test"))
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    assert f"mean maximum {(probs / 4).softmax(1).amax(1).mean():.3f} where uniform is 0.1" in readme
+    assert f"mean maximum {seen:.2f}, against {unseen:.2f} on rows it has not seen" in readme
 
 
 def test_readme_commands_install_what_they_need():

@@ -129,8 +129,8 @@ Evaluation evaluate(const RowBatch& batch, const IsaVariant& isa, int threads, c
     const double hard_i = counts_here ? plans[i].weight * row.hard : 0;
     soft_sum += soft_i;
     hard_sum += hard_i;
-    agree += counts_here && row.same_argmax;
-    correct += counts_here && row.correct && plans[i].label >= 0;
+    agree += row.same_argmax;  // both are false in a row that does not count
+    correct += row.correct;
     if (out.loss)
       put(out.loss, i, (soft ? options.alpha * soft_i : 0) + (hard ? (1 - options.alpha) * hard_i : 0), is_double);
     if (out.soft) put(out.soft, i, soft ? soft_i : kNan, is_double);

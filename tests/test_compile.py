@@ -326,3 +326,18 @@ def test_probability_warning_under_compile(monkeypatch):
         loss(pydistill.SoftTargets.from_logits(probs))
         with pytest.raises(UserWarning, match="teacher looks like probabilities"):
             loss(probs)
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_formula_keeps_the_digits_of_large_logits(divergence):
+    """Softened after their maximum is gone: divided by T as they are, logits of 1e4 lose the fourth digit."""
+    student, teacher = 1e4 + 3 * torch.randn(2, 8, 50)
+    options = {"divergence": divergence, "temperature": 3.0, "alpha": 1.0}
+    value, gradient = loss_and_gradient(student, teacher, None, **options)
+    got, got_gradient = torch.func.grad_and_value(
+        lambda x: pydistill.distillation_loss(x, teacher, **options), has_aux=False
+    )(student)[::-1]
+    torch.testing.assert_close(got.double(), value.double(), rtol=1e-5, atol=0)
+    torch.testing.assert_close(
+        got_gradient.double(), gradient.double(), rtol=0, atol=1e-5 * gradient.abs().max().item()
+    )

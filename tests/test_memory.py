@@ -1,9 +1,15 @@
 """Peak memory of forward and backward in buffers of N x C; resident sets are read from /proc: Linux only."""
 
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import torch
+from conftest import VARIANTS
+
+import pydistill
 
 SCRIPT = """
 import sys, torch, pydistill
@@ -32,3 +38,23 @@ def test_peak(mode, most, least):
     done = subprocess.run([sys.executable, "-c", SCRIPT, mode], capture_output=True, text=True, timeout=200, check=True)
     assert least <= float(done.stdout) + 0.02
     assert float(done.stdout) <= most
+
+
+def flags(address):
+    """What the kernel was told about the pages there."""
+    inside = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if match := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
+            inside = int(match[1], 16) <= address < int(match[2], 16)
+        elif inside and line.startswith("VmFlags:"):
+            return line.split()[1:]
+    raise AssertionError(f"no mapping at {address:#x}")
+
+
+@pytest.mark.parametrize("variant", [v for v in VARIANTS if v[0] == "compiled"][:1])
+def test_large_gradients_ask_for_huge_pages(variant):
+    """The compiled backend, from 8 MiB on: pages of 4 KiB cost more than the kernel."""
+    student = torch.randn(256, 32000, requires_grad=True)
+    with pydistill.use_backend(variant[0], isa=variant[1]):
+        pydistill.distillation_loss(student, torch.randn(1, 32000).expand(256, -1), alpha=1.0).backward()
+    assert "hg" in flags(student.grad.data_ptr() + student.grad.nbytes // 2)

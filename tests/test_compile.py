@@ -341,3 +341,16 @@ def test_formula_keeps_the_digits_of_large_logits(divergence):
     torch.testing.assert_close(
         got_gradient.double(), gradient.double(), rtol=0, atol=1e-5 * gradient.abs().max().item()
     )
+
+
+def test_tensor_options_keep_float64_under_compile():
+    """A temperature and an alpha of float64 are not rounded on their way into the op."""
+    student, teacher, labels = batch(dtype=torch.float64)
+    options = {"temperature": torch.tensor(2.3, dtype=torch.float64), "alpha": torch.tensor(0.3, dtype=torch.float64)}
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def compiled(student):
+        return pydistill.distillation_loss(student, teacher, labels, **options)
+
+    want = pydistill.distillation_loss(student, teacher, labels, **options)
+    torch.testing.assert_close(compiled(student), want, rtol=1e-13, atol=0)

@@ -230,14 +230,18 @@ def _check_inplace(batch):
             f"{tuple(student.shape)} with strides {student.stride()}"
         )
     start, end = _memory(student)
-    for name in ("teacher", "labels", "sample_weight", "class_weight"):
-        other = getattr(batch, name)
-        if other is not None and start < _memory(other)[1] and _memory(other)[0] < end:
+    for name, other in zip(batch._fields[1:5], batch[1:5], strict=True):
+        if other is None:
+            continue
+        first, last = _memory(other)
+        if start < last and first < end:
             raise ValueError(f"inplace=True would overwrite the {name}: {name} and student_logits overlap in memory")
 
 
 def _overlaps_itself(tensor) -> bool:
     """Whether two indices may share an address: some dimension's stride lies within what the smaller ones span."""
+    if tensor.is_contiguous():
+        return False
     span = 1
     for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
         if size > 1 and stride < span:
@@ -248,6 +252,8 @@ def _overlaps_itself(tensor) -> bool:
 
 def _memory(tensor):
     """First byte, and one past the last."""
+    if tensor.is_contiguous():
+        return tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
     span = 1 + sum(stride * max(0, size - 1) for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
     start = tensor.data_ptr()
     return start, start + span * tensor.element_size()

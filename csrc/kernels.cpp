@@ -95,14 +95,16 @@ RowKernel<T>::RowKernel(const RowBatch& batch, bool past_cache)
       hard_base_(1),
       memory_(nullptr, free_aligned<T>) {
   keep_ = write_ || !shortcut_;
+  // Rows end in whole pairs of vectors; a small row is a small allocation, which a small batch notices.
   const int64_t blocks = (batch.classes + block - 1) / block;
-  const int64_t row = keep_ ? blocks * block : 0;
-  memory_.reset(aligned_array<T>(3 * row + 3 * block + 2 * blocks));
+  const int64_t padded = (batch.classes + 2 * kLanes<T> - 1) / (2 * kLanes<T>) * (2 * kLanes<T>);
+  const int64_t row = keep_ ? padded : 0, one_block = std::min<int64_t>(block, padded);
+  memory_.reset(aligned_array<T>(3 * row + 3 * one_block + 2 * blocks));
   T* p = memory_.get();
   scratch_ = {p, p + row, p + 2 * row};
   p += 3 * row;
-  student_block_ = p, teacher_block_ = p + block, out_block_ = p + 2 * block;
-  block_max_ = reinterpret_cast<Running*>(p + 3 * block);
+  student_block_ = p, teacher_block_ = p + one_block, out_block_ = p + 2 * one_block;
+  block_max_ = reinterpret_cast<Running*>(p + 3 * one_block);
   if (class_weight_)
     for (int64_t j = 0; j < batch.classes; ++j) class_weight_sum_ += class_weight_[j];
   else

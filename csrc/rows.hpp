@@ -101,7 +101,7 @@ inline Sums exponentials(const T* s, const T* t, int n, T student_max, T teacher
     for (int i = 0; i < w; ++i) {
       if (tail) e[i] = first(e[i], k);
       student[i] = student[i] + e[i];
-      if constexpr (kKeep) store(out.student + j + i * lanes, e[i], k);
+      if constexpr (kKeep) store(out.student + j + i * lanes, e[i]);
       if constexpr (H == HardExp::square || H == HardExp::fourth) hard_sum[i] = hard_sum[i] + power<H>(e[i]);
     }
     if constexpr (kSoft)
@@ -110,7 +110,7 @@ inline Sums exponentials(const T* s, const T* t, int n, T student_max, T teacher
         if (tail) f = first(f, k), d = first(d, k);
         teacher[i] = teacher[i] + f;
         cross[i] = kMasked ? cross[i] + times(f, d) : fma(f, d, cross[i]);
-        if constexpr (kKeep) store(out.teacher + j + i * lanes, f, k);
+        if constexpr (kKeep) store(out.teacher + j + i * lanes, f);
       }
     if constexpr (H == HardExp::own) {
       Vec<T> g[w], x[w];
@@ -119,7 +119,7 @@ inline Sums exponentials(const T* s, const T* t, int n, T student_max, T teacher
       for (int i = 0; i < w; ++i) {
         if (tail) g[i] = first(g[i], k);
         hard_sum[i] = hard_sum[i] + g[i];
-        if constexpr (kKeep) store(out.hard + j + i * lanes, g[i], k);
+        if constexpr (kKeep) store(out.hard + j + i * lanes, g[i]);
       }
     }
   });
@@ -148,14 +148,14 @@ inline PointSums pointwise(const T* s, const T* t, int n, const Normaliser<T>& z
     for (int i = 0; i < width; ++i) {
       const int j = start + i * kLanes<T>;
       const Vec<T> shifted = (load(s + j, k) - set<T>(z.student_max)) - (load(t + j, k) - set<T>(z.teacher_max));
-      const Point<T> x{load(scratch.teacher + j, k) * set<T>(teacher_factor),
-                       load(scratch.student + j, k) * set<T>(student_factor),
+      const Point<T> x{load(scratch.teacher + j) * set<T>(teacher_factor),
+                       load(scratch.student + j) * set<T>(student_factor),
                        shifted * inverse - set<T>(z.log_ratio)};
       Vec<T> v = D::value(x), h = D::d_log_q(x);
       if (k != kLanes<T>) v = first(v, k), h = first(h, k);
       value = value + v;
       h_sum = h_sum + h;
-      store(scratch.teacher + j, h, k);
+      store(scratch.teacher + j, h);
     }
   });
   return {sum(value), sum(h_sum)};
@@ -167,8 +167,8 @@ inline void centre(const Scratch<T>& scratch, int n, T student_factor, T h_sum) 
   for_each<T>(n, 0, [&](int start, int k, auto width) {
     for (int i = 0; i < width; ++i) {
       const int j = start + i * kLanes<T>;
-      const Vec<T> q = load(scratch.student + j, k) * set<T>(student_factor);
-      store(scratch.teacher + j, fma(set<T>(-h_sum), q, load(scratch.teacher + j, k)), k);
+      const Vec<T> q = load(scratch.student + j) * set<T>(student_factor);
+      store(scratch.teacher + j, fma(set<T>(-h_sum), q, load(scratch.teacher + j)));
     }
   });
 }
@@ -187,9 +187,9 @@ inline void write_gradient(const Scratch<T>& in, int n, const Coefficients<T>& b
   const T* class_weight = by.class_weight;
   const auto value = [=](int j, int k) {
     Vec<T> r = constant;
-    if constexpr (kSoft) r = fma(third, load(in.teacher + j, k), r);
-    const Vec<T> e = load(in.student + j, k);
-    if constexpr (H == HardExp::own) r = fma(hard, load(in.hard + j, k), r);
+    if constexpr (kSoft) r = fma(third, load(in.teacher + j), r);
+    const Vec<T> e = load(in.student + j);
+    if constexpr (H == HardExp::own) r = fma(hard, load(in.hard + j), r);
     if constexpr (H == HardExp::square || H == HardExp::fourth) r = fma(hard, power<H>(e), r);
     r = fma(student, e, r);
     if (class_weight) r = fma(smooth, load(class_weight + j, k), r);

@@ -208,22 +208,28 @@ inline void stream(double* p, Vec<double> a) { _mm_stream_pd(p, a.v); }
 #endif
 #endif
 
-// Sum and maximum over the lanes, halving; the order is fixed.
+// Sum and maximum over the lanes: the upper half onto the lower, until one is left. The order is fixed.
+template <int N, class T, class F>
+inline T over_lanes(const T* lane, F f) {
+  if constexpr (N == 1) {
+    return *lane;
+  } else {
+    T half[N / 2];
+    for (int i = 0; i < N / 2; ++i) half[i] = f(lane[i], lane[i + N / 2]);
+    return over_lanes<N / 2>(half, f);
+  }
+}
 template <class T>
 inline T sum(Vec<T> a) {
   T lane[kLanes<T>];
   store(lane, a);
-  for (int n = kLanes<T> / 2; n > 0; n /= 2)
-    for (int i = 0; i < n; ++i) lane[i] += lane[i + n];
-  return lane[0];
+  return over_lanes<kLanes<T>>(lane, [](T x, T y) { return x + y; });
 }
 template <class T>
 inline T maximum(Vec<T> a) {
   T lane[kLanes<T>];
   store(lane, a);
-  for (int n = kLanes<T> / 2; n > 0; n /= 2)
-    for (int i = 0; i < n; ++i) lane[i] = lane[i] > lane[i + n] ? lane[i] : lane[i + n];
-  return lane[0];
+  return over_lanes<kLanes<T>>(lane, [](T x, T y) { return x > y ? x : y; });
 }
 
 // exp2(d * c) for d <= 0 and c > 0; exactly 0 below 2^-126 (double: 2^-1022.5), NaN for NaN. Beside the rounding

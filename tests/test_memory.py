@@ -1,8 +1,10 @@
 """Peak memory of forward and backward in buffers of N x C; resident sets are read from /proc: Linux only."""
 
+import gc
 import re
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -38,6 +40,23 @@ def test_peak(mode, most, least):
     done = subprocess.run([sys.executable, "-c", SCRIPT, mode], capture_output=True, text=True, timeout=200, check=True)
     assert least <= float(done.stdout) + 0.02
     assert float(done.stdout) <= most
+
+
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_memory_is_freed_with_the_loss(variant, reduction, backward):
+    """By counting references, at once: a cycle would hold the gradient and the logits until Python looks for them."""
+    gc.disable()
+    try:
+        student, teacher = torch.randn(8, 10, requires_grad=True), torch.randn(8, 10)
+        freed = weakref.ref(teacher)
+        loss = pydistill.distillation_loss(student, teacher, alpha=1.0, reduction=reduction)
+        if backward:
+            loss.sum().backward()
+        del loss, teacher
+        assert freed() is None
+    finally:
+        gc.enable()
 
 
 def flags(address):

@@ -34,6 +34,7 @@ def run(batch: Batch, inplace: bool, metrics: bool):
         call = _Call(flat, engine, inplace, metrics)
         loss = _apply(flat.student, call)
         outcome = call.outcome
+        del call.outcome  # it holds the loss, whose graph holds the call: a cycle would keep their memory for long
     else:
         outcome = engine.evaluate(flat, None, 1.0, metrics)
         loss = outcome.loss
@@ -66,9 +67,9 @@ class _FusedLoss(torch.autograd.Function):
         # those of inference_mode, which nobody can change without it.
         constants = batch[1:5]
         call.inference = None
-        if any(map(_from_inference_mode, constants)):
-            call.inference = [x if _from_inference_mode(x) else None for x in constants]
-            constants = [None if _from_inference_mode(x) else x for x in constants]
+        if any([x is not None and x.is_inference() for x in constants]):
+            call.inference = [x if x is not None and x.is_inference() else None for x in constants]
+            constants = [None if kept is x else x for kept, x in zip(call.inference, constants, strict=True)]
         ctx.save_for_backward(gradient, student, *constants)
         call.batch = batch.options
         return outcome.loss
@@ -104,10 +105,6 @@ class _FusedLoss(torch.autograd.Function):
 
 # Function.apply less its look for functorch, which run() has had: a twentieth of a small batch's time.
 _apply = super(torch.autograd.Function, _FusedLoss).apply
-
-
-def _from_inference_mode(tensor) -> bool:
-    return tensor is not None and tensor.is_inference()
 
 
 def _second_order(batch, grad_output):
@@ -161,15 +158,14 @@ def _inplace_note(wants_gradient, batch, flat) -> str:
     return ", gradient in place"
 
 
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
 def _why_formula(batch) -> str | None:
     """Why the differentiable formula must run instead of the engine; None where it need not."""
     for tensor in batch[:5]:
-        if tensor is None:
-            continue
-        if type(tensor) is not Tensor and type(tensor) is not torch.nn.Parameter:
-            return f"tensor subclass {type(tensor).__name__}"
-        if not tensor.is_cpu:
-            return f"device {tensor.device}"
+        if tensor is not None and not (type(tensor) in _PLAIN and tensor.is_cpu):
+            return f"device {tensor.device}" if type(tensor) in _PLAIN else f"tensor subclass {type(tensor).__name__}"
     if in_functorch():
         return "functorch transform"
     if in_forward_mode():

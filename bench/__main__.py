@@ -1,66 +1,85 @@
-"""python -m bench: validate every contestant, then time forward + backward on one thread, pairs in one process."""
+"""python -m bench: validate every contestant, then time it against pydistill, pairs in one process."""
 
 import argparse
-import platform
-import statistics
+import json
+import sys
+import time
+from functools import partial
+from pathlib import Path
 
-import torch
-
-import pydistill
-from bench.contestants import CONTESTANTS, forward_backward
-from bench.measure import fresh_logits, gradient_error, make_inputs, paired_times, peak_buffers, ratio
-
-CASES = {  # rows, classes, pairs
-    "1024x32000": (1024, 32000, 7),
-    "1024x1000": (1024, 1000, 60),
-    "32x10": (32, 10, 2000),
-}
-TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-2}
+from bench import cases, report, run, scaling
 
 
-def run_case(name, dtype, pairs=None):
-    rows, classes, default_pairs = CASES[name]
-    inputs = make_inputs(rows, classes, dtype)
-    errors, memory = {}, {}
-    for label, contestant in CONTESTANTS.items():
-        student, teacher, labels = inputs
-        gradient = forward_backward(contestant, fresh_logits(student), teacher, labels)
-        errors[label] = gradient_error(gradient, *inputs)
-        del gradient
-        assert errors[label] < TOLERANCE[dtype], f"{label}: gradient off by {errors[label]:.2g}, not timed"
-        if rows * classes > 1 << 22:
-            memory[label] = peak_buffers(contestant, *inputs)
-    times = paired_times(CONTESTANTS, inputs, pairs or default_pairs)
-    print(f"\n{name} {str(dtype).removeprefix('torch.')}, T = 4, alpha = 0.7, forward + backward, one thread")
-    print(f"{'':40}{'ms':>10}{'pydistill is':>14}{'quartiles':>16}{'in place':>10}{'N x C':>8}{'error':>10}")
-    for label in CONTESTANTS:
-        middle, low, high = ratio(times, label, "pydistill")
-        inplace = ratio(times, label, "pydistill, inplace=True")[0]
-        buffers = f"{memory[label]:.2f}" if memory else ""
-        print(
-            f"{label:40}{statistics.median(times[label]) * 1e3:10.3f}{middle:12.2f} x"
-            f"{f'{low:.2f} - {high:.2f}':>16}{inplace:8.2f} x{buffers:>8}{errors[label]:10.1e}"
-        )
-
-
-def main():
+def main(arguments=None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
-    parser.add_argument("cases", nargs="*", metavar="CASE", help=f"of {', '.join(CASES)}; default: all")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
-    parser.add_argument("--pairs", type=int, help="rounds to time; the default depends on the case")
-    arguments = parser.parse_args()
-    for name in arguments.cases:
-        if name not in CASES:
-            parser.error(f"CASE must be one of {', '.join(CASES)}; got {name!r}")
-    torch.set_num_threads(1)
-    with open("/sys/kernel/mm/transparent_hugepage/enabled") as setting:
-        huge_pages = setting.read().strip()
-    info = pydistill.backend_info()
-    print(f"{platform.processor() or platform.machine()}, torch {torch.__version__}, huge pages: {huge_pages}")
-    print(f"backend {info.name}, ISA {info.isa}: {info.reason}")
-    for name in arguments.cases or CASES:
-        run_case(name, getattr(torch, arguments.dtype), arguments.pairs)
+    parser.add_argument("cases", nargs="*", metavar="CASE", help="such as 1024x32000,bfloat16,T=2.5,soft,threads=2")
+    parser.add_argument("--quick", action="store_true", help="three shapes, few pairs: under two minutes")
+    parser.add_argument("--full", action="store_true", help="every shape with every factor: hours")
+    parser.add_argument("--pairs", type=int, help="rounds per case; by default as many as fit into some seconds")
+    parser.add_argument("--output", type=Path, default=Path("bench-results"), help="folder for results.json and plots")
+    parser.add_argument("--no-plots", action="store_true", help="text and JSON only")
+    parser.add_argument("--report", type=Path, metavar="JSON", help="no run: text, README table and plots of a file")
+    parser.add_argument("--compare", type=Path, nargs=2, metavar=("OLD", "NEW"), help="no run: two files' ratios")
+    options = parser.parse_args(arguments)
+    if options.compare:
+        print(report.compare(*(json.loads(path.read_text()) for path in options.compare)))
+        return 0
+    if options.report:
+        results = json.loads(options.report.read_text())
+        for result in results["cases"]:
+            print(report.table(result))
+        _finish(results, None if options.no_plots else options.report.parent)
+        print("\n" + report.markdown(results["cases"]))
+        return 0
+    if options.pairs is not None and options.pairs < 2:
+        parser.error(f"--pairs must be at least 2, for a median with its spread; got {options.pairs}")
+    try:
+        chosen = [cases.parse(name) for name in options.cases]
+    except ValueError as error:
+        parser.error(str(error))
+    suite = not chosen
+    chosen = chosen or (
+        cases.quick_cases() if options.quick else cases.full_cases() if options.full else cases.default_cases()
+    )
+    _measure(chosen, options, with_scaling=suite and not options.quick)
+    return 0
+
+
+def _measure(chosen, options, with_scaling):
+    from tqdm import tqdm
+
+    start = time.monotonic()
+    results = {"machine": run.machine(), "cases": []}
+    options.output.mkdir(parents=True, exist_ok=True)
+    file = options.output / "results.json"
+    print(report.heading(results["machine"]))
+    print(report.legend())
+    budget = 2.0 if options.quick else run.BUDGET
+    for k, case in enumerate(chosen):
+        progress = partial(tqdm, desc=f"[{k + 1}/{len(chosen)}] {case.name}", leave=False, disable=None)
+        isas = case == cases.Case()
+        result = run.run_case(case, progress, budget=budget, pairs=options.pairs, isas=isas)
+        results["cases"].append(result)
+        tqdm.write(report.table(result), file=sys.stdout)
+        file.write_text(json.dumps(results, indent=1))  # after every case: an interrupted run keeps what it has
+    if with_scaling:
+        results["scaling"] = scaling.run(partial(tqdm, leave=False, disable=None))
+        file.write_text(json.dumps(results, indent=1))
+    _finish(results, None if options.no_plots else options.output)
+    print(f"\n{file} after {time.monotonic() - start:.0f} s")
+
+
+def _finish(results, folder):
+    if results.get("scaling"):
+        print(report.scaling(results["scaling"]))
+    print(report.losses(results["cases"]))
+    if folder is not None:
+        from bench import plots
+
+        paths = plots.save(results, folder)
+        if paths:
+            print("\nplots: " + ", ".join(map(str, paths)))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

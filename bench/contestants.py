@@ -1,46 +1,176 @@
-"""Who is compared: functions of (student, teacher, labels) that return the loss, T and alpha fixed.
+"""Who is compared. Each makes one step of a case: loss and, unless the case is forward only, gradients.
 
-The first two are what people write. Soft cross-entropy has the gradient of the KL divergence without kl_div's xlogy:
-it is the best form of eager torch, so every claim of speed is made against it too.
+The tutorial's formula and the best eager form are what people write. Soft cross-entropy has the gradient of the KL
+divergence without kl_div's xlogy: it is the best form of eager torch, so every claim of speed is made against it too.
+The limit moves the bytes that any loss must move, and does nothing else.
 """
+
+import importlib.util
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
 import pydistill
+from bench import limit
+from pydistill.engine.backend import NAMES
+from pydistill.engine.compiled import load_core
 
-TEMPERATURE, ALPHA = 4.0, 0.7
-WEIGHT = ALPHA * TEMPERATURE**2
-
-
-def kl_div(s, t, y):
-    log_q, p = F.log_softmax(s / TEMPERATURE, -1), F.softmax(t / TEMPERATURE, -1)
-    return WEIGHT * F.kl_div(log_q, p, reduction="batchmean") + (1 - ALPHA) * F.cross_entropy(s, y)
-
-
-def soft_cross_entropy(s, t, y):
-    soft = F.cross_entropy(s / TEMPERATURE, F.softmax(t / TEMPERATURE, -1))
-    return WEIGHT * soft + (1 - ALPHA) * F.cross_entropy(s, y)
-
-
-def fused(s, t, y):
-    return pydistill.distillation_loss(s, t, y, temperature=TEMPERATURE, alpha=ALPHA)
-
-
-def fused_inplace(s, t, y):
-    return pydistill.distillation_loss(s, t, y, temperature=TEMPERATURE, alpha=ALPHA, inplace=True)
-
-
-CONTESTANTS = {
-    "kl_div + cross_entropy": kl_div,
-    "soft cross_entropy + cross_entropy": soft_cross_entropy,
-    "torch.compile(kl_div + cross_entropy)": torch.compile(kl_div),
-    "torch.compile(soft + cross_entropy)": torch.compile(soft_cross_entropy),
-    "pydistill": fused,
-    "pydistill, inplace=True": fused_inplace,
+LEGEND = {
+    "tutorial": "kl_div + cross_entropy",
+    "best eager": "soft cross_entropy + cross_entropy",
+    "compiled tutorial": "torch.compile of the tutorial's formula",
+    "compiled best eager": "torch.compile of the best eager form",
+    "pydistill": "distillation_loss, gradient in fresh memory",
+    "pydistill in place": "inplace=True",
+    "limit": "c = a + b over the case's bytes, streaming stores past the cache",
+    "limit in place": "a = a + b",
+    "torch.add": "torch.add(a, b, out=c)",
 }
 
 
-def forward_backward(loss, logits, teacher, labels):
-    """The gradient with respect to the logits, into fresh memory where the contestant allocates it."""
-    return torch.autograd.grad(loss(logits, teacher, labels), logits)[0]
+class Contestant(NamedTuple):
+    """``step(leaves, constants)`` returns (loss, gradients); a limit returns (None, None)."""
+
+    step: Callable
+    value_is_kl: bool = True  # False: the loss lacks the teacher's entropy, a constant
+    context: Callable = nullcontext
+
+
+def contestants(case) -> tuple[dict[str, Contestant], dict[str, str]]:
+    """Those of a case, by name, and why the others are missing."""
+    head = case.hidden > 0
+    eager = _formulas(case)
+    found, missing = {}, {}
+    for name, formula in eager.items():
+        kl = name == "tutorial"
+        found[name] = Contestant(_stepper(case, _with_head(formula) if head else formula), kl)
+    for name, formula in eager.items():
+        compiled = torch.compile(_with_head(formula) if head else formula, dynamic=False)
+        found[f"compiled {name}"] = Contestant(_stepper(case, compiled), name == "tutorial")
+
+    options = {"temperature": case.temperature, "alpha": case.alpha}
+    loss = partial(_pydistill, options)
+    step = _stepper(case, _with_head(loss) if head else loss)
+    found["pydistill"] = Contestant(step)
+    if case.backward:
+        in_place = partial(_pydistill, options | {"inplace": True})
+        found["pydistill in place"] = Contestant(_stepper(case, _with_head(in_place) if head else in_place))
+    if head:
+        _add_peers(case, found, missing)
+        return found, missing
+    for name in NAMES[1:]:
+        found[f"pydistill {name}"] = Contestant(step, context=partial(_single, name, case.threads))
+    _add_limits(case, found, missing)
+    return found, missing
+
+
+def isa_contestants(case) -> dict[str, Contestant]:
+    """pydistill on each ISA variant that this CPU can run."""
+    step = _stepper(case, partial(_pydistill, {"temperature": case.temperature, "alpha": case.alpha}))
+    return {
+        f"pydistill {isa}": Contestant(step, context=partial(pydistill.use_backend, "compiled", isa=isa))
+        for isa in load_core().ISAS
+    }
+
+
+def _single(name, threads):
+    return pydistill.use_backend(name, **({"threads": threads} if name == "numba" else {}))
+
+
+def _formulas(case):
+    T, alpha = case.temperature, case.alpha
+
+    def hard(s, y):
+        return (1 - alpha) * F.cross_entropy(s, y)
+
+    def tutorial(s, t, y):
+        log_q, p = F.log_softmax(s / T, -1), F.softmax(t / T, -1)
+        soft = alpha * T**2 * F.kl_div(log_q, p, reduction="batchmean")
+        return soft + hard(s, y) if alpha < 1 else soft
+
+    def best_eager(s, t, y):
+        soft = alpha * T**2 * F.cross_entropy(s / T, F.softmax(t / T, -1))
+        return soft + hard(s, y) if alpha < 1 else soft
+
+    def cross_entropy(s, t, y):
+        return hard(s, y)
+
+    return {"tutorial": cross_entropy} if alpha == 0 else {"tutorial": tutorial, "best eager": best_eager}
+
+
+def _pydistill(options, s, t, y):
+    return pydistill.distillation_loss(s, t, y, **options)
+
+
+def _with_head(loss):
+    def headed(hidden, weight, teacher_hidden, teacher_weight, y):
+        return loss(hidden @ weight.T, teacher_hidden @ teacher_weight.T, y)
+
+    return headed
+
+
+def _stepper(case, loss):
+    if not case.backward:
+
+        def forward(leaves, constants):
+            with torch.no_grad():
+                return loss(*leaves, *constants), None
+
+        return forward
+
+    def forward_backward(leaves, constants):
+        value = loss(*leaves, *constants)
+        return value.detach(), torch.autograd.grad(value, leaves)
+
+    return forward_backward
+
+
+def _add_limits(case, found, missing):
+    triad, reason = limit.load()
+    names = ["limit", "limit in place"] if case.backward else ["limit"]
+    if triad is None:
+        missing |= dict.fromkeys(names, reason)
+    else:
+        for name in names:
+            found[name] = Contestant(limit.step(triad, case, in_place=name == "limit in place"))
+    if case.backward and case.alpha > 0:
+        out = torch.zeros(case.rows, case.classes, dtype=case.torch_dtype)
+
+        def add(leaves, constants):
+            torch.add(leaves[0].detach(), constants[0], out=out)
+            return None, None
+
+        found["torch.add"] = Contestant(add)
+
+
+def _add_peers(case, found, missing):
+    """Losses of other libraries that take the hidden states: their memory does not hold all logits either."""
+    alpha = case.alpha
+    if alpha == 0:
+
+        def linear_cross_entropy(hidden, weight, teacher_hidden, teacher_weight, y):
+            return F.linear_cross_entropy(hidden, weight, y)
+
+        if hasattr(F, "linear_cross_entropy"):
+            found["linear_cross_entropy"] = Contestant(_stepper(case, linear_cross_entropy))
+        else:
+            missing["linear_cross_entropy"] = f"torch {torch.__version__} does not have it"
+        return
+    if importlib.util.find_spec("liger_kernel") is None:
+        missing["liger"] = "liger-kernel is not installed"
+        return
+    from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
+
+    # Its beta of 0 is KL(teacher || student), without T^2.
+    loss = LigerFusedLinearJSDLoss(
+        weight_hard_loss=1 - alpha,
+        weight_soft_loss=alpha * case.temperature**2,
+        beta=0.0,
+        temperature=case.temperature,
+        compiled=False,
+    )
+    found["liger"] = Contestant(_stepper(case, lambda hidden, w, th, tw, y: loss(hidden, w, th, tw, y)))

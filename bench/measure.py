@@ -1,5 +1,6 @@
-"""Inputs, validation against float64, paired timing, peak memory."""
+"""Inputs, validation against float64, paired times, peak memory."""
 
+import random
 import statistics
 import time
 from pathlib import Path
@@ -7,68 +8,126 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from bench.contestants import ALPHA, TEMPERATURE, forward_backward
+TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2, "float16": 2e-2}
+_CHECKED_ROWS = 64
+_MEMORY_ELEMENTS = 1 << 22  # below, the peak is the allocator's noise
 
 
-def make_inputs(rows, classes, dtype):
+def make_inputs(case):
+    """``(leaves, constants)``: logits, teacher logits and labels; with a head, hidden states and weights for both."""
     generator = torch.Generator().manual_seed(0)
-    student, teacher = (torch.randn(rows, classes, generator=generator) * 3 for _ in range(2))
-    labels = torch.randint(classes, (rows,), generator=generator)
-    return student.to(dtype).requires_grad_(), teacher.to(dtype), labels
+
+    def normal(rows, columns, scale):
+        return (torch.randn(rows, columns, generator=generator) * scale).to(case.torch_dtype)
+
+    labels = torch.randint(case.classes, (case.rows,), generator=generator)
+    if case.hidden:
+        student, teacher = (
+            (normal(case.rows, case.hidden, 1.0), normal(case.classes, case.hidden, 3 * case.hidden**-0.5))
+            for _ in range(2)
+        )
+        return tuple(x.requires_grad_() for x in student), (*teacher, labels)
+    student, teacher = (normal(case.rows, case.classes, 3.0) for _ in range(2))
+    return (student.requires_grad_(),), (teacher, labels)
 
 
-def gradient_error(gradient, student, teacher, labels, rows=64):
-    """Relative error of the gradient's first rows against float64."""
-    s, t, y = student.detach()[:rows].double(), teacher[:rows].double(), labels[:rows]
-    onehot = F.one_hot(y, s.shape[-1])
-    soft = (s / TEMPERATURE).softmax(-1) - (t / TEMPERATURE).softmax(-1)
-    exact = (ALPHA * TEMPERATURE * soft + (1 - ALPHA) * (s.softmax(-1) - onehot)) / len(student)
-    return float((gradient[:rows].double() - exact).norm() / exact.norm())
+def fresh(leaves):
+    """Copies that are not leaves, as a model's outputs are: inplace=True may overwrite them."""
+    return tuple(x.clone() for x in leaves)
 
 
-def fresh_logits(student):
-    """A copy that is not a leaf, as a model's logits are: inplace=True may overwrite it."""
-    return student.clone()
+def error(case, contestant, leaves, constants) -> float:
+    """Relative error against float64: the gradients' in norm, or the loss's where the case is forward only."""
+    loss, gradients = contestant.step(fresh(leaves), constants)
+    if loss is None:
+        return 0.0
+    if not case.backward:
+        exact = _exact_loss(case, *leaves, *constants, contestant.value_is_kl)
+        return abs(float(loss) - exact) / abs(exact)
+    return max(
+        float((got.double() - want).norm() / want.norm())
+        for got, want in zip(*_comparable(case, gradients, leaves, constants), strict=True)
+    )
 
 
-def seconds(contestant, student, teacher, labels):
-    """One forward and backward."""
-    logits = fresh_logits(student)
-    start = time.perf_counter()
-    gradient = forward_backward(contestant, logits, teacher, labels)
-    elapsed = time.perf_counter() - start
-    del gradient
+def _comparable(case, gradients, leaves, constants):
+    """Computed and exact gradients: of the first rows where rows stand alone, all of them behind a head."""
+    if case.hidden:
+        hidden, weight, teacher_hidden, teacher_weight = (x.detach().double() for x in (*leaves, *constants[:2]))
+        exact = _exact_gradient(case, hidden @ weight.T, teacher_hidden @ teacher_weight.T, constants[-1])
+        return gradients, (exact @ weight, exact.T @ hidden)
+    rows = slice(_CHECKED_ROWS)
+    s, t, y = leaves[0].detach()[rows].double(), constants[0][rows].double(), constants[1][rows]
+    return (gradients[0][rows],), (_exact_gradient(case, s, t, y),)
+
+
+def _exact_gradient(case, s, t, y):
+    T, alpha = case.temperature, case.alpha
+    soft = (s / T).softmax(-1) - (t / T).softmax(-1)
+    hard = s.softmax(-1) - F.one_hot(y, case.classes)
+    return (alpha * T * soft + (1 - alpha) * hard) / case.rows
+
+
+def _exact_loss(case, s, t, y, value_is_kl):
+    T, alpha, total = case.temperature, case.alpha, 0.0
+    for rows in torch.arange(case.rows).split(_CHECKED_ROWS):
+        log_p, log_q = ((x.detach()[rows].double() / T).log_softmax(-1) for x in (t, s))
+        soft = (log_p.exp() * ((log_p if value_is_kl else 0) - log_q)).sum()
+        hard = F.cross_entropy(s.detach()[rows].double(), y[rows], reduction="sum")
+        total += float(alpha * T**2 * soft + (1 - alpha) * hard)
+    return total / case.rows
+
+
+def seconds(contestant, leaves, constants) -> float:
+    """One step, into fresh memory where the contestant allocates it; its backend is entered before the clock starts."""
+    leaves = fresh(leaves)
+    with contestant.context():
+        start = time.perf_counter()
+        result = contestant.step(leaves, constants)
+        elapsed = time.perf_counter() - start
+    del result
     return elapsed
 
 
-def paired_times(contestants, inputs, pairs):
-    """Times per contestant, one of each per round, so that a slow moment of the machine meets all of them."""
+def paired_times(contestants, inputs, pairs, progress):
+    """Times per contestant, one of each per round, so that a slow moment of the machine meets all of them.
+
+    In a new order each round: a small step is a sixth faster after one that left its code in the cache.
+    """
     times = {name: [] for name in contestants}
-    for round_ in range(pairs + 2):  # two to warm up
-        for name, contestant in contestants.items():
-            elapsed = seconds(contestant, *inputs)
-            if round_ >= 2:
-                times[name].append(elapsed)
+    order, shuffle = list(contestants), random.Random(0).shuffle
+    for _ in progress(range(pairs)):
+        shuffle(order)
+        for name in order:
+            times[name].append(seconds(contestants[name], *inputs))
     return times
+
+
+def number_of_pairs(contestants, inputs, budget) -> int:
+    """As many rounds as fit into ``budget`` seconds: at least 5, at least 30 where a round takes under a second."""
+    for _ in range(2):  # to warm up
+        round_ = sum(seconds(c, *inputs) for c in contestants.values())
+    return max(30 if round_ < 1 else 5, min(2000, int(budget / round_)))
 
 
 def ratio(times, slow, fast):
     """Median and quartiles of the paired ratios."""
     ratios = [a / b for a, b in zip(times[slow], times[fast], strict=True)]
-    if len(ratios) < 2:
-        return ratios[0], ratios[0], ratios[0]
     low, middle, high = statistics.quantiles(ratios, n=4)
     return middle, low, high
 
 
-def peak_buffers(contestant, student, teacher, labels):
-    """Peak resident memory above the start of one forward and backward, in buffers of N x C. Linux only."""
-    forward_backward(contestant, fresh_logits(student), teacher, labels)
-    logits = fresh_logits(student)
-    Path("/proc/self/clear_refs").write_text("5")
-    before = _status("VmRSS")
-    forward_backward(contestant, logits, teacher, labels)
-    return (_status("VmHWM") - before) / (student.numel() * student.element_size())
+def peak_buffers(case, contestant, leaves, constants) -> float | None:
+    """Peak resident memory above the start of one step, in buffers of N x C. Linux only; None for small cases."""
+    resets = Path("/proc/self/clear_refs")
+    if case.elements < _MEMORY_ELEMENTS or not resets.exists():
+        return None
+    leaves = fresh(leaves)
+    with contestant.context():
+        resets.write_text("5")
+        before = _status("VmRSS")
+        contestant.step(leaves, constants)
+    return (_status("VmHWM") - before) / (case.elements * torch.finfo(case.torch_dtype).bits // 8)
 
 
 def _status(field):

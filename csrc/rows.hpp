@@ -164,7 +164,7 @@ inline PointSums pointwise(const T* s, const T* t, int n, const Normaliser<T>& z
 // h_j - q_j * sum h, in place of h.
 template <class T>
 inline void centre(const Scratch<T>& scratch, int n, T student_factor, T h_sum) {
-  for_each<T>(n, 0, [&](int start, int k, auto width) {
+  for_each<T>(n, 0, [&](int start, int, auto width) {
     for (int i = 0; i < width; ++i) {
       const int j = start + i * kLanes<T>;
       const Vec<T> q = load(scratch.student + j) * set<T>(student_factor);

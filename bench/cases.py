@@ -1,0 +1,131 @@
+"""What is measured: a base case, and one factor varied at a time around it.
+
+A case is written as on the command line: ``1024x32000,bfloat16,T=2.5,soft,threads=2``.
+"""
+
+import itertools
+import os
+from dataclasses import dataclass, fields
+
+import torch
+
+
+@dataclass(frozen=True)
+class Case:
+    """One setting of every factor. ``hidden``: a linear head comes before the logits, so that peers can take part."""
+
+    rows: int = 1024
+    classes: int = 32000
+    dtype: str = "float32"
+    temperature: float = 4.0
+    alpha: float = 0.7
+    backward: bool = True
+    threads: int = 1
+    huge_pages: bool = False  # torch's own allocations on huge pages: THP_MEM_ALLOC_ENABLE=1, in a process of its own
+    hidden: int = 0
+
+    @property
+    def name(self) -> str:
+        words = [f"{self.rows}x{self.classes}"]
+        if self.hidden:
+            words.append(f"hidden={self.hidden}")
+        if self.dtype != "float32":
+            words.append(self.dtype)
+        if self.temperature != 4:
+            words.append(f"T={self.temperature:g}")
+        if self.alpha != 0.7:
+            words.append({0: "hard", 1: "soft"}.get(self.alpha, f"alpha={self.alpha:g}"))
+        if not self.backward:
+            words.append("forward")
+        if self.threads != 1:
+            words.append(f"threads={self.threads}")
+        if self.huge_pages:
+            words.append("huge-pages")
+        return ",".join(words)
+
+    @property
+    def elements(self) -> int:
+        return self.rows * self.classes
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return getattr(torch, self.dtype)
+
+
+def parse(text: str) -> Case:
+    """The case of a name; ValueError says which word is wrong."""
+    shape, *words = text.split(",")
+    rows, _, classes = shape.partition("x")
+    if not (rows.isdigit() and classes.isdigit() and int(rows) and int(classes)):
+        raise ValueError(f"a case begins with ROWSxCLASSES, got {shape!r}")
+    values = {"rows": int(rows), "classes": int(classes)}
+    for word in words:
+        name, _, value = word.partition("=")
+        if word in ("float32", "bfloat16", "float16"):
+            values["dtype"] = word
+        elif word in ("soft", "hard"):
+            values["alpha"] = float(word == "soft")
+        elif word == "forward":
+            values["backward"] = False
+        elif word == "huge-pages":
+            values["huge_pages"] = True
+        elif name in ("T", "alpha"):
+            values["temperature" if name == "T" else name] = float(value)
+        elif name in ("threads", "hidden"):
+            values[name] = int(value)
+        else:
+            raise ValueError(
+                f"a case's words are float32, bfloat16, float16, T=, alpha=, soft, hard, forward, threads=, hidden=, "
+                f"huge-pages; got {word!r}"
+            )
+    return Case(**values)
+
+
+SHAPES = [(32, 10), (64, 10), (256, 100), (1024, 1000), (8192, 128), (8192, 1000), (256, 128256), (64, 262144)]
+THREADS = os.cpu_count() or 1
+FACTORS = [
+    {"dtype": "bfloat16"},
+    {"dtype": "float16"},
+    {"temperature": 1.0},
+    {"temperature": 2.0},
+    {"temperature": 2.5},
+    {"alpha": 1.0},
+    {"alpha": 0.0},
+    {"backward": False},
+    {"threads": THREADS},
+]
+IN_CACHE = {"rows": 1024, "classes": 1000}  # the second base: memory no longer hides arithmetic
+
+
+def default_cases() -> list[Case]:
+    """About 40: the shapes, the factors at both bases, huge pages, a few at all threads, and the peers' linear head."""
+    settings = [{}]
+    settings += [{"rows": n, "classes": c} for n, c in SHAPES]
+    settings += FACTORS
+    settings += [IN_CACHE | factor for factor in FACTORS]
+    settings += [{"huge_pages": True}]
+    settings += [{"rows": n, "classes": c, "threads": THREADS} for n, c in ((32, 10), (8192, 1000), (256, 128256))]
+    settings += [factor | {"threads": THREADS} for factor in ({"dtype": "bfloat16"}, {"backward": False})]
+    head = {"rows": 512, "classes": 32000, "hidden": 256}
+    settings += [head, head | {"alpha": 0.0}]
+    return _unique(settings)
+
+
+def quick_cases() -> list[Case]:
+    return _unique([{}, IN_CACHE, {"rows": 32, "classes": 10}])
+
+
+def full_cases() -> list[Case]:
+    """Every shape with every value of every factor: hours."""
+    shapes = [{}] + [{"rows": n, "classes": c} for n, c in SHAPES]
+    values = {f.name: [f.default] for f in fields(Case)}
+    for factor in FACTORS:
+        for name, value in factor.items():
+            values[name].append(value)
+    varied = {name: v for name, v in values.items() if len(v) > 1}
+    crossed = [dict(zip(varied, choice, strict=True)) for choice in itertools.product(*varied.values())]
+    return _unique([shape | choice for shape in shapes for choice in crossed])
+
+
+def _unique(settings):
+    return list(dict.fromkeys(Case(**values) for values in settings))

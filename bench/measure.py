@@ -105,8 +105,7 @@ def paired_times(contestants, inputs, pairs, progress):
 
 def number_of_pairs(contestants, inputs, budget) -> int:
     """As many rounds as fit into ``budget`` seconds: at least 5, at least 30 where a round takes under a second."""
-    for _ in range(2):  # to warm up
-        round_ = sum(seconds(c, *inputs) for c in contestants.values())
+    round_ = sum(seconds(c, *inputs) for c in contestants.values())  # validation has warmed up
     return max(30 if round_ < 1 else 5, min(2000, int(budget / round_)))
 
 

@@ -21,6 +21,8 @@ Divergence divergence_named(const std::string& name) {
   if (name == #entry) return Divergence::entry;
 #include "divergences.def"
 #undef DIVERGENCE
+  if (name == "mse") return Divergence::mse;
+  if (name == "dkd") return Divergence::dkd;
   throw py::value_error("the compiled core has no divergence named " + name);
 }
 
@@ -29,6 +31,8 @@ py::tuple divergence_names() {
 #define DIVERGENCE(entry, type) names.append(#entry);
 #include "divergences.def"
 #undef DIVERGENCE
+  names.append("mse");
+  names.append("dkd");
   return py::tuple(names);
 }
 
@@ -47,7 +51,8 @@ const IsaVariant& isa_named(const std::string& name) {
 
 py::tuple run(const IsaVariant& isa, int threads, const LossOptions& options, int64_t rows, int64_t classes,
               uintptr_t student, int student_dtype, int64_t student_stride, uintptr_t teacher, int teacher_dtype,
-              int64_t teacher_stride, uintptr_t labels, bool labels_are_int32, uintptr_t sample_weight,
+              int64_t teacher_stride, uintptr_t teacher_indices, int64_t teacher_classes, uintptr_t log_partitions,
+              uintptr_t labels, bool labels_are_int32, uintptr_t sample_weight,
               uintptr_t class_weight, int reduction, double soft_items, double hard_items, double grad_output,
               uintptr_t row_grad_output, uintptr_t gradient, int64_t gradient_stride, uintptr_t row_loss,
               uintptr_t row_soft, uintptr_t row_hard, bool want_argmax) {
@@ -55,6 +60,9 @@ py::tuple run(const IsaVariant& isa, int threads, const LossOptions& options, in
   batch.rows = rows, batch.classes = classes;
   batch.student = {address(student), DType(student_dtype), student_stride};
   batch.teacher = {address(teacher), DType(teacher_dtype), teacher_stride};
+  batch.teacher_indices = static_cast<const int64_t*>(address(teacher_indices));
+  batch.teacher_classes = teacher_classes;
+  batch.log_partitions = static_cast<const double*>(address(log_partitions));
   batch.labels = address(labels), batch.labels_are_int32 = labels_are_int32;
   batch.sample_weight = address(sample_weight), batch.class_weight = address(class_weight);
   batch.options = options;

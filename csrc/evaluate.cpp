@@ -98,7 +98,8 @@ Evaluation evaluate(const RowBatch& batch, const IsaVariant& isa, int threads, c
   std::vector<RowPlan> plans(batch.rows);
   const Counts counts = plan_rows(batch, is_double, plans, result);
   if (result.problem != Problem::none) return result;
-  result.teacher_sums_to_one = soft && batch.rows > 0 && sums_to_one(batch.teacher, batch.classes);
+  result.teacher_sums_to_one =
+      soft && batch.rows > 0 && !batch.teacher_indices && sums_to_one(batch.teacher, batch.classes);
 
   result.soft_items = batch.soft_items > 0 ? batch.soft_items : counts.soft_items;
   result.hard_items = batch.hard_items > 0 ? batch.hard_items : counts.hard_items;

@@ -3,13 +3,14 @@
 // What it claims, for a row of C classes: one read of the student's and the teacher's logits from memory, one
 // write of the gradient; the exponentials are computed once, against the running maximum, and wait in a scratch
 // row (L2) for the row's sums. forward_kl needs no more than that. The other divergences look at the row once
-// more, in cache, for log p and log q.
+// more, in cache, for log p and log q. With a top-k teacher, and for dkd, some classes stand apart: apart.hpp.
 //
 // NaN: a logit of NaN or +inf, or a row of -inf only, makes the sums NaN and with them the row, as in torch.
 #include <algorithm>
 #include <memory>
 #include <new>
 #include <utility>
+#include <vector>
 
 #include "rows.hpp"
 
@@ -17,6 +18,17 @@ namespace pydistill::PYDISTILL_ISA {
 namespace {
 
 constexpr double kLog2e = 1.4426950408889634;
+
+// How the soft term of a row is computed.
+enum class Kind { none, shortcut, pointwise, mse, topk, dkd };
+
+inline Kind kind_of(const RowBatch& batch) {
+  if (batch.options.alpha == 0) return Kind::none;
+  if (batch.options.divergence == Divergence::mse) return Kind::mse;
+  if (batch.options.divergence == Divergence::dkd) return Kind::dkd;
+  if (batch.teacher_indices) return Kind::topk;
+  return batch.options.divergence == Divergence::forward_kl ? Kind::shortcut : Kind::pointwise;
+}
 
 template <class T>
 class RowKernel {
@@ -34,6 +46,19 @@ class RowKernel {
     Sums sums;
     Running max;
     int64_t student_block = 0, teacher_block = 0;  // where the maxima are
+    double whole_max = 0, whole_sum = 0;           // of exp(s - whole_max), over all classes
+    bool student_ordered = false, teacher_ordered = false;  // whether there is a maximum: no NaN, not all -inf
+  };
+  // What the gradient has of what waits in scratch: of exp((s - max) / T), of the third array, of exp(s - max).
+  struct Factors {
+    double student = 0, third = 0, hard = 0;
+  };
+  // A class that stands apart from the sums over a row.
+  struct Apart {
+    int64_t index;
+    T student, teacher;
+    double gradient;  // of the soft term
+    double hard = 0;  // exp(student - whole_max)
   };
 
   const T* read(const Matrix& m, int64_t row, int64_t begin, int n, T* buffer) const;
@@ -42,8 +67,17 @@ class RowKernel {
   Sums scan_block(const T* s, const T* t, int64_t begin, int n, const Running& max, int64_t row);
   void rescale(RowState& state, const Running& max) const;
   PointSums second_pass(int64_t row, const RowState& state);
+  double difference_pass(int64_t row, RowState& state);
+  void set_apart(int64_t row, const RowPlan& plan);
+  void add_apart(RowState& state);
+  const T* without_apart(const T* x, int64_t begin, int n, T* buffer, T Apart::* logit);
+  double topk_term(int64_t row, double scale, RowState& state, Factors& factors);
+  double dkd_term(double scale, RowState& state, Factors& factors);
+  template <class D>
+  PointSums outcomes(int count);
   double cross_entropy(int64_t row, const RowPlan& plan, const RowState& state);
-  void write(int64_t row, const RowPlan& plan, const RowState& state, double h_sum);
+  void write(int64_t row, const RowPlan& plan, const RowState& state, double h_sum, Factors factors);
+  void compare_argmax(int64_t row, const RowPlan& plan, const RowState& state, RowOutcome& outcome);
   int64_t argmax(const Matrix& m, int64_t row, int64_t begin, T max);
   Scratch<T> scratch_at(int64_t begin) const {
     return {scratch_.student + begin, scratch_.teacher + begin, scratch_.hard + begin};
@@ -54,7 +88,11 @@ class RowKernel {
   const LossOptions& options_;
   const T* class_weight_;
   double class_weight_sum_ = 0;
-  bool soft_, hard_, write_, keep_, shortcut_, past_cache_;
+  Kind kind_;
+  bool soft_, hard_, write_, past_cache_;
+  bool scan_teacher_;  // the teacher has a value for every class, to be exponentiated
+  bool third_;         // the gradient has something of scratch_.teacher
+  bool keep_;
   HardExp hard_exp_;
   double temperature_;
   Base<T> soft_base_, hard_base_;
@@ -62,6 +100,8 @@ class RowKernel {
   Scratch<T> scratch_;
   T *student_block_, *teacher_block_, *out_block_;
   Running* block_max_;
+  std::vector<Apart> apart_;          // of the row at hand, by index
+  T *p_, *q_, *log_ratio_, *h_;  // of the classes apart, and of the rest as one more outcome
 };
 
 template <class T>
@@ -84,27 +124,34 @@ RowKernel<T>::RowKernel(const RowBatch& batch, bool past_cache)
     : batch_(batch),
       options_(batch.options),
       class_weight_(static_cast<const T*>(batch.class_weight)),
-      soft_(batch.options.alpha > 0),
+      kind_(kind_of(batch)),
+      soft_(kind_ != Kind::none),
       hard_(batch.options.alpha < 1),
       write_(batch.gradient.data != nullptr),
-      shortcut_(!soft_ || batch.options.divergence == Divergence::forward_kl),
       past_cache_(past_cache),
-      hard_exp_(how_to_exponentiate(soft_, hard_, batch.options.temperature)),
-      temperature_(soft_ ? batch.options.temperature : 1),
+      scan_teacher_(kind_ == Kind::shortcut || kind_ == Kind::pointwise || kind_ == Kind::dkd),
+      third_(scan_teacher_ || kind_ == Kind::mse),
+      hard_exp_(how_to_exponentiate(soft_ && kind_ != Kind::mse, hard_, batch.options.temperature)),
+      temperature_(soft_ && kind_ != Kind::mse ? batch.options.temperature : 1),
       soft_base_(temperature_),
       hard_base_(1),
       memory_(nullptr, free_aligned<T>) {
-  keep_ = write_ || !shortcut_;
+  keep_ = write_ || kind_ == Kind::pointwise;
   // Rows end in whole pairs of vectors; a small row is a small allocation, which a small batch notices.
   const int64_t blocks = (batch.classes + block - 1) / block;
   const int64_t padded = (batch.classes + 2 * kLanes<T> - 1) / (2 * kLanes<T>) * (2 * kLanes<T>);
   const int64_t row = keep_ ? padded : 0, one_block = std::min<int64_t>(block, padded);
-  memory_.reset(aligned_array<T>(3 * row + 3 * one_block + 2 * blocks));
+  const int64_t apart = kind_ == Kind::topk ? batch.teacher_classes : kind_ == Kind::dkd ? 1 : 0;
+  const int64_t outcomes = (apart + 2 * kLanes<T>) / kLanes<T> * kLanes<T>;  // the rest too, in whole vectors
+  memory_.reset(aligned_array<T>(3 * row + 3 * one_block + 2 * blocks + 4 * outcomes));
+  apart_.resize(size_t(apart));
   T* p = memory_.get();
   scratch_ = {p, p + row, p + 2 * row};
   p += 3 * row;
   student_block_ = p, teacher_block_ = p + one_block, out_block_ = p + 2 * one_block;
-  block_max_ = reinterpret_cast<Running*>(p + 3 * one_block);
+  p += 3 * one_block;
+  for (T** field : {&p_, &q_, &log_ratio_, &h_}) *field = p, p += outcomes;
+  block_max_ = reinterpret_cast<Running*>(p);
   if (class_weight_)
     for (int64_t j = 0; j < batch.classes; ++j) class_weight_sum_ += class_weight_[j];
   else
@@ -158,31 +205,37 @@ typename RowKernel<T>::RowState RowKernel<T>::scan(int64_t row) {
   RowState state;
   for (int64_t begin = 0, b = 0; begin < batch_.classes; begin += block, ++b) {
     const int n = count(begin);
-    const T* s = read(batch_.student, row, begin, n, student_block_);
-    const T* t = soft_ ? read(batch_.teacher, row, begin, n, teacher_block_) : nullptr;
-    Running max{block_maximum(s, n, state.max.student), soft_ ? block_maximum(t, n, state.max.teacher) : T(0)};
+    const T *s = read(batch_.student, row, begin, n, student_block_), *t = nullptr;
+    if (scan_teacher_) t = read(batch_.teacher, row, begin, n, teacher_block_);
+    if (!apart_.empty()) {
+      s = without_apart(s, begin, n, student_block_, &Apart::student);
+      if (t) t = without_apart(t, begin, n, teacher_block_, &Apart::teacher);
+    }
+    Running max{block_maximum(s, n, state.max.student), t ? block_maximum(t, n, state.max.teacher) : state.max.teacher};
     if (max.student > state.max.student) state.student_block = begin;
     if (max.teacher > state.max.teacher) state.teacher_block = begin;
     if (b == 0) state.max = max;
     rescale(state, max);
     block_max_[b] = max;
+    const auto pass = [&]<HardExp H>() {
+      return t ? scan_block<H, true>(s, t, begin, n, max, row) : scan_block<H, false>(s, t, begin, n, max, row);
+    };
     Sums sums;
     switch (hard_exp_) {
       case HardExp::none:
-        sums = scan_block<HardExp::none, true>(s, t, begin, n, max, row);
+        sums = pass.template operator()<HardExp::none>();
         break;
       case HardExp::same:
-        sums = soft_ ? scan_block<HardExp::same, true>(s, t, begin, n, max, row)
-                     : scan_block<HardExp::same, false>(s, t, begin, n, max, row);
+        sums = pass.template operator()<HardExp::same>();
         break;
       case HardExp::square:
-        sums = scan_block<HardExp::square, true>(s, t, begin, n, max, row);
+        sums = pass.template operator()<HardExp::square>();
         break;
       case HardExp::fourth:
-        sums = scan_block<HardExp::fourth, true>(s, t, begin, n, max, row);
+        sums = pass.template operator()<HardExp::fourth>();
         break;
       case HardExp::own:
-        sums = scan_block<HardExp::own, true>(s, t, begin, n, max, row);
+        sums = pass.template operator()<HardExp::own>();
         break;
     }
     state.sums.student += sums.student;
@@ -190,13 +243,19 @@ typename RowKernel<T>::RowState RowKernel<T>::scan(int64_t row) {
     state.sums.cross += sums.cross;
     state.sums.hard += sums.hard;
   }
+  state.whole_max = double(state.max.student);
+  state.whole_sum = state.sums.hard;
   return state;
 }
 
 template <class T>
 PointSums RowKernel<T>::second_pass(int64_t row, const RowState& state) {
-  const Normaliser<T> z{state.max.student, state.max.teacher, T(1 / temperature_),
-                        T(std::log(state.sums.student / state.sums.teacher))};
+  Normaliser<T> z{state.max.student, state.max.teacher, T(1 / temperature_),
+                  T(std::log(state.sums.student / state.sums.teacher)), 0, T(options_.beta)};
+  const int64_t best = argmax(batch_.student, row, state.student_block, state.max.student);
+  T at_best = 0;
+  if (best < batch_.classes) read_block(batch_.teacher.at(row, best), batch_.teacher.dtype, 1, &at_best);
+  z.reference = (z.teacher_max - at_best) * z.inverse_temperature - z.log_ratio;
   PointSums total;
   for (int64_t begin = 0, b = 0; begin < batch_.classes; begin += block, ++b) {
     const int n = count(begin);
@@ -215,6 +274,9 @@ PointSums RowKernel<T>::second_pass(int64_t row, const RowState& state) {
     break;
 #include "divergences.def"
 #undef DIVERGENCE
+      case Divergence::mse:
+      case Divergence::dkd:
+        break;  // neither comes here
     }
     total.value += sums.value;
     total.h += sums.h;
@@ -222,10 +284,26 @@ PointSums RowKernel<T>::second_pass(int64_t row, const RowState& state) {
   return total;
 }
 
+template <class T>
+double RowKernel<T>::difference_pass(int64_t row, RowState& state) {
+  double total = 0;
+  for (int64_t begin = 0; begin < batch_.classes; begin += block) {
+    const int n = count(begin);
+    const T* s = read(batch_.student, row, begin, n, student_block_);
+    const T* t = read(batch_.teacher, row, begin, n, teacher_block_);
+    total += squared_difference(s, t, n, write_ ? scratch_at(begin).teacher : nullptr);
+    if (!batch_.want_argmax) continue;
+    const T top = block_maximum(t, n, state.max.teacher);
+    if (top > state.max.teacher || begin == 0) state.max.teacher = top, state.teacher_block = begin;
+  }
+  state.teacher_ordered = !std::isnan(total) && state.max.teacher > std::numeric_limits<T>::lowest();
+  return total / double(batch_.classes);
+}
+
 // torch's value for this row under reduction="none", class weight and label smoothing included.
 template <class T>
 double RowKernel<T>::cross_entropy(int64_t row, const RowPlan& plan, const RowState& state) {
-  const double log_sum = std::log(state.sums.hard), max = double(state.max.student);
+  const double log_sum = std::log(state.whole_sum), max = state.whole_max;
   T logit = 0;
   read_block(batch_.student.at(row, plan.label), batch_.student.dtype, 1, &logit);
   const double weight = class_weight_ ? double(class_weight_[plan.label]) : 1;
@@ -240,7 +318,7 @@ double RowKernel<T>::cross_entropy(int64_t row, const RowPlan& plan, const RowSt
     for_each<T>(n, 0, [&](int start, int k, auto width) {
       for (int i = 0; i < width; ++i) {
         const int j = start + i * kLanes<T>;
-        Vec<T> x = load(s + j, k) - set<T>(state.max.student);
+        Vec<T> x = load(s + j, k) - set<T>(T(max));
         if (class_weight_) x = x * load(class_weight_ + begin + j, k);
         total = total + (k == kLanes<T> ? x : first(x, k));
       }
@@ -252,9 +330,7 @@ double RowKernel<T>::cross_entropy(int64_t row, const RowPlan& plan, const RowSt
 }
 
 template <class T>
-void RowKernel<T>::write(int64_t row, const RowPlan& plan, const RowState& state, double h_sum) {
-  const Sums& sums = state.sums;
-  const double scale = plan.soft_scale * (options_.t_squared ? temperature_ : 1 / temperature_);
+void RowKernel<T>::write(int64_t row, const RowPlan& plan, const RowState& state, double h_sum, Factors factors) {
   const bool hard = hard_ && plan.label >= 0;
   const double smoothing = hard ? options_.label_smoothing : 0;
   const double label_weight = !hard ? 0 : class_weight_ ? double(class_weight_[plan.label]) : 1;
@@ -263,44 +339,47 @@ void RowKernel<T>::write(int64_t row, const RowPlan& plan, const RowState& state
   const double onehot = plan.hard_scale * (1 - smoothing) * label_weight;
   const bool weighted_smoothing = class_weight_ && smoothing > 0;
 
-  // With the shortcut sum h is -1. Otherwise h is centred in scratch, before any factor: where q is near 1 the two
-  // parts cancel, and in float32 only there exactly.
-  const double student = soft_ && shortcut_ ? scale / sums.student : 0;
-  const double third = shortcut_ ? -scale / sums.teacher : scale;
-  const double hard_factor = hard ? plan.hard_scale * hard_total / sums.hard : 0;
+  const double to_softmax = std::exp(double(state.max.student) - state.whole_max) / state.whole_sum;
+  factors.hard = hard ? plan.hard_scale * hard_total * to_softmax : 0;
+  // Centred in scratch, before any factor: where q is near 1 the two parts cancel, and in float32 only there exactly.
+  const bool centred = kind_ == Kind::pointwise;
+  auto apart = apart_.cbegin();
 
   for (int64_t begin = 0, b = 0; begin < batch_.classes; begin += block, ++b) {
     const int n = count(begin);
     const double student_drop = (double(block_max_[b].student) - double(state.max.student)) * kLog2e;
     const double teacher_drop = (double(block_max_[b].teacher) - double(state.max.teacher)) * kLog2e;
     const double fs = student_drop == 0 ? 1 : std::exp2(student_drop / temperature_);
-    const double ft = !shortcut_ || teacher_drop == 0 ? 1 : std::exp2(teacher_drop / temperature_);
+    const double ft = centred || teacher_drop == 0 ? 1 : std::exp2(teacher_drop / temperature_);
     const double fh = student_drop == 0 ? 1 : std::exp2(student_drop);
-    Coefficients<T> by{T(student * fs),
-                       T(third * ft),
-                       T(hard_factor * fh),
+    Coefficients<T> by{T(factors.student * fs),
+                       T(factors.third * (third_ && scan_teacher_ ? ft : 1)),
+                       T(factors.hard * fh),
                        T(weighted_smoothing ? 0 : -plan.hard_scale * uniform),
                        T(plan.hard_scale * uniform),
                        weighted_smoothing ? class_weight_ + begin : nullptr};
-    if (hard_exp_ == HardExp::same) by.student = T((student + hard_factor) * fs);
+    if (hard_exp_ == HardExp::same) by.student = T((factors.student + factors.hard) * fs);
 
-    if (!shortcut_) centre(scratch_at(begin), n, T(fs / sums.student), T(h_sum));
+    if (centred) centre(scratch_at(begin), n, T(fs / state.sums.student), T(h_sum));
     char* memory = batch_.gradient.at(row, begin);
     const bool direct = batch_.gradient.dtype == (sizeof(T) == 8 ? DType::float64 : DType::float32);
     T* out = direct ? reinterpret_cast<T*>(memory) : out_block_;
     const auto fill = [&](const Scratch<T>& in, int width, bool past_cache, T* to) {
+      const auto pass = [&]<HardExp H>() {
+        third_ ? write_gradient<T, H, true>(in, width, by, past_cache, to)
+               : write_gradient<T, H, false>(in, width, by, past_cache, to);
+      };
       switch (hard_exp_) {
         case HardExp::none:
-          return write_gradient<T, HardExp::none, true>(in, width, by, past_cache, to);
+          return pass.template operator()<HardExp::none>();
         case HardExp::same:
-          return soft_ ? write_gradient<T, HardExp::same, true>(in, width, by, past_cache, to)
-                       : write_gradient<T, HardExp::same, false>(in, width, by, past_cache, to);
+          return pass.template operator()<HardExp::same>();
         case HardExp::square:
-          return write_gradient<T, HardExp::square, true>(in, width, by, past_cache, to);
+          return pass.template operator()<HardExp::square>();
         case HardExp::fourth:
-          return write_gradient<T, HardExp::fourth, true>(in, width, by, past_cache, to);
+          return pass.template operator()<HardExp::fourth>();
         case HardExp::own:
-          return write_gradient<T, HardExp::own, true>(in, width, by, past_cache, to);
+          return pass.template operator()<HardExp::own>();
       }
     };
     fill(scratch_at(begin), n, direct && past_cache_, out);
@@ -310,6 +389,15 @@ void RowKernel<T>::write(int64_t row, const RowPlan& plan, const RowState& state
       if (by.class_weight) by.class_weight = class_weight_ + plan.label;
       fill(scratch_at(plan.label), 1, false, &at_label);
       out[plan.label - begin] = at_label - T(onehot);
+    }
+    for (; apart != apart_.cend() && apart->index < begin + n; ++apart) {
+      double g = apart->gradient;
+      if (hard) {
+        const double share = weighted_smoothing ? uniform * double(class_weight_[apart->index]) : uniform;
+        const double softmax = apart->hard / state.whole_sum;
+        g += plan.hard_scale * (hard_total * softmax - share) - (apart->index == plan.label ? onehot : 0);
+      }
+      out[apart->index - begin] = T(g);
     }
     if constexpr (std::is_same_v<T, float>)
       if (!direct) write_block(out, batch_.gradient.dtype, n, memory);
@@ -323,31 +411,76 @@ int64_t RowKernel<T>::argmax(const Matrix& m, int64_t row, int64_t begin, T max)
   return begin + (std::find(x, x + n, max) - x);
 }
 
+// Ties go to the lowest class; a row with NaN has no maximum.
+template <class T>
+void RowKernel<T>::compare_argmax(int64_t row, const RowPlan& plan, const RowState& state, RowOutcome& outcome) {
+  T student_max = state.max.student, teacher_max = state.max.teacher;
+  for (const Apart& a : apart_) student_max = std::max(student_max, a.student);
+  int64_t best = batch_.classes, teacher_best = batch_.classes;
+  if (state.max.student == student_max) best = argmax(batch_.student, row, state.student_block, student_max);
+  for (const Apart& a : apart_)
+    if (a.student == student_max) best = std::min(best, a.index);
+  outcome.correct = best == plan.label;
+  if (!state.teacher_ordered) return;
+  for (const Apart& a : apart_) teacher_max = std::max(teacher_max, a.teacher);
+  if (!batch_.teacher_indices && state.max.teacher == teacher_max)
+    teacher_best = argmax(batch_.teacher, row, state.teacher_block, teacher_max);
+  for (const Apart& a : apart_)
+    if (a.teacher == teacher_max) teacher_best = std::min(teacher_best, a.index);
+  outcome.same_argmax = best == teacher_best;
+}
+
 template <class T>
 RowOutcome RowKernel<T>::run(int64_t row, const RowPlan& plan) {
   RowOutcome outcome;
-  const RowState state = scan(row);
+  if (!apart_.empty()) set_apart(row, plan);
+  RowState state = scan(row);
   const Sums& sums = state.sums;
   const double units = options_.t_squared ? temperature_ * temperature_ : 1;
-  double h_sum = -1;
-  if (soft_ && shortcut_) {
-    outcome.soft = units * (sums.cross / (sums.teacher * temperature_) + std::log(sums.student / sums.teacher));
-  } else if (soft_) {
-    const PointSums points = second_pass(row, state);
-    outcome.soft = units * points.value;
-    // An infinite h (reverse_kl where p is 0): the whole row's gradient is NaN, not a mixture of NaN and inf.
-    h_sum = std::isfinite(points.h) ? points.h : std::numeric_limits<double>::quiet_NaN();
+  const double scale = plan.soft_scale * units / temperature_;
+  double h_sum = 0;
+  Factors factors;
+  state.student_ordered = sums.student > 0;  // false for NaN
+  state.teacher_ordered = sums.teacher > 0;
+  switch (kind_) {
+    case Kind::none:
+      break;
+    case Kind::shortcut:
+      outcome.soft = units * (sums.cross / (sums.teacher * temperature_) + std::log(sums.student / sums.teacher));
+      factors = {scale / sums.student, -scale / sums.teacher};  // h is -p, its sum -1
+      break;
+    case Kind::pointwise: {
+      const PointSums points = second_pass(row, state);
+      outcome.soft = units * points.value;
+      // An infinite h (reverse_kl where p is 0): the whole row's gradient is NaN, not a mixture of NaN and inf.
+      h_sum = std::isfinite(points.h) ? points.h : std::numeric_limits<double>::quiet_NaN();
+      factors.third = scale;
+      break;
+    }
+    case Kind::mse:
+      outcome.soft = difference_pass(row, state);
+      factors.third = 2 * plan.soft_scale / double(batch_.classes);
+      break;
+    case Kind::topk:
+    case Kind::dkd:
+      add_apart(state);
+      outcome.soft = units * (kind_ == Kind::topk ? topk_term(row, scale, state, factors)
+                                                  : dkd_term(scale, state, factors));
+      break;
   }
   if (hard_ && plan.label >= 0) outcome.hard = cross_entropy(row, plan, state);
-  if (batch_.want_argmax && sums.student > 0) {  // false for NaN
-    const int64_t best = argmax(batch_.student, row, state.student_block, state.max.student);
-    outcome.correct = best == plan.label;
-    outcome.same_argmax =
-        soft_ && sums.teacher > 0 && best == argmax(batch_.teacher, row, state.teacher_block, state.max.teacher);
-  }
-  if (write_) write(row, plan, state, h_sum);
+  if (batch_.want_argmax && state.student_ordered) compare_argmax(row, plan, state, outcome);
+  if (write_) write(row, plan, state, h_sum, factors);
   return outcome;
 }
+
+}  // namespace
+}  // namespace pydistill::PYDISTILL_ISA
+
+#include "apart.hpp"
+
+namespace pydistill::PYDISTILL_ISA {
+namespace {
 
 template <class T>
 void run_rows(const RowBatch& batch, const RowPlan* plans, RowOutcome* outcomes, int64_t begin, int64_t end,

@@ -11,6 +11,8 @@ enum class Divergence : int {
 #define DIVERGENCE(name, type) name,
 #include "divergences.def"
 #undef DIVERGENCE
+  mse,  // the two that are no sum over classes of a function of p and q
+  dkd,
 };
 
 inline int64_t size_of(DType dtype) { return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2; }
@@ -42,6 +44,11 @@ enum class Reduction : int { none, sum, mean };
 struct RowBatch {
   int64_t rows = 0, classes = 0;
   Matrix student, teacher;  // the teacher is not looked at where alpha is 0
+  // A top-k teacher: its matrix has `teacher_classes` logits per row, of these classes. Null: of all classes.
+  const int64_t* teacher_indices = nullptr;
+  int64_t teacher_classes = 0;
+  // Log-sum-exp of all the teacher's logits / T, per row; the rest of its mass is one more outcome. Null: no rest.
+  const double* log_partitions = nullptr;
   const void* labels = nullptr;
   bool labels_are_int32 = false;
   const void* sample_weight = nullptr;  // in the compute type: double for float64 students, else float

@@ -10,18 +10,18 @@ namespace {
 template <class T>
 constexpr int kBlock = 64 * kVecBytes / int(sizeof(float));
 
-// Calls f(j, k, width): `width` vectors from element j on, a constant for the compiler. In pairs of whole vectors,
+// Calls f(j, k, width): `width` vectors from element j on, a constant for the compiler. By kAtOnce whole vectors,
 // then one by one; k counts the elements of a single vector, fewer than its lanes in the tail and in the `head`
 // that leads to an aligned address.
-template <class T, class F>
+template <class T, int kAtOnce = 2, class F>
 inline void for_each(int n, int head, F f) {
   constexpr int lanes = kLanes<T>;
   constexpr std::integral_constant<int, 1> single;
-  constexpr std::integral_constant<int, 2> pair;
+  constexpr std::integral_constant<int, kAtOnce> several;
   int j = 0;
   if (head > 0) f(0, head, single), j = head;
-  for (; j + 2 * lanes <= n; j += 2 * lanes) f(j, lanes, pair);
-  if (j + lanes <= n) f(j, lanes, single), j += lanes;
+  for (; j + kAtOnce * lanes <= n; j += kAtOnce * lanes) f(j, lanes, several);
+  for (; j + lanes <= n; j += lanes) f(j, lanes, single);
   if (j < n) f(j, n - j, single);
 }
 
@@ -83,12 +83,14 @@ inline Sums exponentials(const T* s, const T* t, int n, T student_max, T teacher
                          const Base<T>& hard, const Scratch<T>& out, const char* ahead_s, int64_t step_s,
                          const char* ahead_t, int64_t step_t) {
   const Vec<T> ms = set<T>(student_max), mt = set<T>(teacher_max), soft_c = soft.c, soft_lowest = soft.lowest;
-  Vec<T> student[2] = {set<T>(0), set<T>(0)}, teacher[2] = {set<T>(0), set<T>(0)};
-  Vec<T> cross[2] = {set<T>(0), set<T>(0)}, hard_sum[2] = {set<T>(0), set<T>(0)};
-  for_each<T>(n, 0, [&](int j, int k, auto width) {
+  constexpr int at_once = kSoft ? 2 : 4;  // four chains of dependent instructions in either case
+  Vec<T> student[at_once], hard_sum[at_once], teacher[2] = {set<T>(0), set<T>(0)}, cross[2] = {set<T>(0), set<T>(0)};
+  for (int i = 0; i < at_once; ++i) student[i] = hard_sum[i] = set<T>(0);
+  for_each<T, at_once>(n, 0, [&](int j, int k, auto width) {
     constexpr int w = width, lanes = kLanes<T>;
     const bool tail = k != lanes;
     prefetch(ahead_s + j * step_s);
+    if constexpr (w * kVecBytes > 64) prefetch(ahead_s + (j + w / 2 * lanes) * step_s);
     if constexpr (kSoft) prefetch(ahead_t + j * step_t);
     Vec<T> shifted[kSoft ? 2 * w : w], e[kSoft ? 2 * w : w];  // the student's, then the teacher's
     for (int i = 0; i < w; ++i) shifted[i] = load(s + j + i * lanes, k) - ms;
@@ -123,8 +125,9 @@ inline Sums exponentials(const T* s, const T* t, int n, T student_max, T teacher
       }
     }
   });
-  Sums r{sum(student[0] + student[1]), sum(teacher[0] + teacher[1]), sum(cross[0] + cross[1]),
-         sum(hard_sum[0] + hard_sum[1])};
+  for (int i = at_once / 2; i > 0; i /= 2)
+    for (int k = 0; k < i; ++k) student[k] = student[k] + student[k + i], hard_sum[k] = hard_sum[k] + hard_sum[k + i];
+  Sums r{sum(student[0]), sum(teacher[0] + teacher[1]), sum(cross[0] + cross[1]), sum(hard_sum[0])};
   if constexpr (H == HardExp::same) r.hard = r.student;
   return r;
 }
@@ -138,27 +141,55 @@ template <class T>
 struct Normaliser {
   T student_max, teacher_max, inverse_temperature;
   T log_ratio;  // of the student's sum to the teacher's
+  T reference;  // log q - log p at the student's maximum
+  T beta;
 };
+// Flat: with a call left inside, value and h do not share what they have in common, and the pass takes thrice as long.
 template <class D, class T>
-inline PointSums pointwise(const T* s, const T* t, int n, const Normaliser<T>& z, T student_factor,
+[[gnu::flatten]] inline PointSums pointwise(const T* s, const T* t, int n, const Normaliser<T>& z, T student_factor,
                            T teacher_factor, const Scratch<T>& scratch) {
+  const Vec<T> student_max = set<T>(z.student_max), teacher_max = set<T>(z.teacher_max);
+  const Vec<T> inverse = set<T>(z.inverse_temperature), log_ratio = set<T>(z.log_ratio);
+  const Vec<T> by_student = set<T>(student_factor), by_teacher = set<T>(teacher_factor);
   Vec<T> value = set<T>(0), h_sum = value;
   for_each<T>(n, 0, [&](int start, int k, auto width) {
-    const Vec<T> inverse = set<T>(z.inverse_temperature);
-    for (int i = 0; i < width; ++i) {
+    constexpr int w = width;
+    Point<Pack<w, T>> x;
+    for (int i = 0; i < w; ++i) {
       const int j = start + i * kLanes<T>;
-      const Vec<T> shifted = (load(s + j, k) - set<T>(z.student_max)) - (load(t + j, k) - set<T>(z.teacher_max));
-      const Point<T> x{load(scratch.teacher + j) * set<T>(teacher_factor),
-                       load(scratch.student + j) * set<T>(student_factor),
-                       shifted * inverse - set<T>(z.log_ratio)};
-      Vec<T> v = D::value(x), h = D::d_log_q(x);
-      if (k != kLanes<T>) v = first(v, k), h = first(h, k);
-      value = value + v;
-      h_sum = h_sum + h;
-      store(scratch.teacher + j, h);
+      const Vec<T> shifted = (load(s + j, k) - student_max) - (load(t + j, k) - teacher_max);
+      x.p.v[i] = load(scratch.teacher + j) * by_teacher;
+      x.q.v[i] = load(scratch.student + j) * by_student;
+      x.log_ratio.v[i] = shifted * inverse - log_ratio;
+      x.reference.v[i] = set<T>(z.reference), x.beta.v[i] = set<T>(z.beta);
+    }
+    Pack<w, T> v = D::value(x), h = D::d_log_q(x);
+    for (int i = 0; i < w; ++i) {
+      if (k != kLanes<T>) v.v[i] = first(v.v[i], k), h.v[i] = first(h.v[i], k);
+      value = value + v.v[i];
+      h_sum = h_sum + h.v[i];
+      store(scratch.teacher + start + i * kLanes<T>, h.v[i]);
     }
   });
   return {sum(value), sum(h_sum)};
+}
+
+// The pass of mse: the sum of squares of s - t, which goes where the teacher's exponentials would be. A class that
+// is masked in both adds nothing.
+template <class T>
+inline T squared_difference(const T* s, const T* t, int n, T* difference) {
+  Vec<T> total = set<T>(0);
+  for_each<T>(n, 0, [&](int start, int k, auto width) {
+    for (int i = 0; i < width; ++i) {
+      const int j = start + i * kLanes<T>;
+      const Vec<T> a = load(s + j, k), b = load(t + j, k);
+      Vec<T> d = where_equal(a, b, set<T>(0), a - b);
+      if (k != kLanes<T>) d = first(d, k);
+      total = fma(d, d, total);
+      if (difference) store(difference + j, d);
+    }
+  });
+  return sum(total);
 }
 
 // h_j - q_j * sum h, in place of h.

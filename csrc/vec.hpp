@@ -81,8 +81,31 @@ inline Vec<T> operator*(Vec<T> a, Vec<T> b) {
   return {a.v * b.v};
 }
 template <class T>
+inline Vec<T> operator/(Vec<T> a, Vec<T> b) {
+  return {a.v / b.v};
+}
+template <class T>
 inline Vec<T> operator-(Vec<T> a) {
   return set<T>(0) - a;
+}
+template <class T>
+inline Vec<T> abs(Vec<T> a) {
+  return {a.v < Register<T>{} ? -a.v : a.v};
+}
+template <class T>
+inline Vec<T> sqrt(Vec<T> a) {
+  for (int i = 0; i < kLanes<T>; ++i) a.v[i] = std::sqrt(a.v[i]);
+  return a;
+}
+// a where x > 0, else b.
+template <class T>
+inline Vec<T> where_positive(Vec<T> x, Vec<T> a, Vec<T> b) {
+  return {x.v > Register<T>{} ? a.v : b.v};
+}
+// a where x = y, infinities included, else b.
+template <class T>
+inline Vec<T> where_equal(Vec<T> x, Vec<T> y, Vec<T> a, Vec<T> b) {
+  return {x.v == y.v ? a.v : b.v};
 }
 
 // w * x, and 0 where w is 0, whatever x is. A NaN weight stays NaN.
@@ -313,6 +336,96 @@ inline void exp2(const Vec<T> (&d)[N], Vec<T> c, Vec<T> lowest, Vec<T> (&result)
   for (int k = degree - 2; k >= 0; --k)
     for (int i = 0; i < N; ++i) result[i] = fma(result[i], f[i], set<T>(E::p[k]));
   for (int i = 0; i < N; ++i) result[i] = fma(f[i] * scale[i], result[i], scale[i]);
+}
+
+// log(x) for normal x > 0; exactly 0 at 1, NaN for NaN. float: x = 2^n (1 + f) with 1 + f in [sqrt(1/2), sqrt(2)] and
+// log(1 + f) = f - f^2 / 2 + f^3 p(f), p minimax of degree 6, relative error 3.5e-8; within 1 ULP. double: libm.
+inline Vec<float> log(Vec<float> x) {
+  constexpr float p[] = {0x1.5556d8p-2f, -0x1.000382p-2f, 0x1.98d7f2p-3f, -0x1.53824ap-3f,
+                         0x1.317458p-3f, -0x1.2432b8p-3f, 0x1.645eap-4f};
+  constexpr int32_t root_half = 0x3f3504f3;
+  const Bits<float> above = (Bits<float>)x.v - root_half;  // its exponent field is n
+  const Bits<float> n = above >> 23;
+  const Vec<float> f = Vec<float>{(Register<float>)((above & 0x7fffff) + root_half)} - set<float>(1);
+  Vec<float> r = set<float>(p[6]);
+  for (int k = 5; k >= 0; --k) r = fma(r, f, set<float>(p[k]));
+  const Vec<float> exponent = {__builtin_convertvector(n, Register<float>)};
+  const Vec<float> square = f * f;
+  r = fma(square * f, r, fma(set<float>(-0.5f), square, exponent * set<float>(-2.12194440e-4f)));
+  return fma(exponent, set<float>(0.693359375f), f + r) + (x - x);
+}
+inline Vec<double> log(Vec<double> x) {
+  for (int i = 0; i < kLanes<double>; ++i) x.v[i] = std::log(x.v[i]);
+  return x;
+}
+
+// Vectors in step. An expression of one vector is a chain of dependent instructions, longer than what a CPU looks ahead.
+template <int N, class T>
+struct Pack {
+  Vec<T> v[N];
+};
+template <class F, int N, class T, class... More>
+inline Pack<N, T> each(F f, const Pack<N, T>& a, const More&... more) {
+  Pack<N, T> r;
+  for (int i = 0; i < N; ++i) r.v[i] = f(a.v[i], more.v[i]...);
+  return r;
+}
+template <int N, class T>
+inline Pack<N, T> operator+(const Pack<N, T>& a, const Pack<N, T>& b) {
+  return each([](auto x, auto y) { return x + y; }, a, b);
+}
+template <int N, class T>
+inline Pack<N, T> operator-(const Pack<N, T>& a, const Pack<N, T>& b) {
+  return each([](auto x, auto y) { return x - y; }, a, b);
+}
+template <int N, class T>
+inline Pack<N, T> operator*(const Pack<N, T>& a, const Pack<N, T>& b) {
+  return each([](auto x, auto y) { return x * y; }, a, b);
+}
+template <int N, class T>
+inline Pack<N, T> operator/(const Pack<N, T>& a, const Pack<N, T>& b) {
+  return each([](auto x, auto y) { return x / y; }, a, b);
+}
+template <int N, class T>
+inline Pack<N, T> operator-(const Pack<N, T>& a) {
+  return each([](auto x) { return -x; }, a);
+}
+template <int N, class T>
+inline Pack<N, T> times(const Pack<N, T>& w, const Pack<N, T>& a) {
+  return each([](auto x, auto y) { return times(x, y); }, w, a);
+}
+template <int N, class T>
+inline Pack<N, T> max(const Pack<N, T>& a, const Pack<N, T>& b) {
+  return each([](auto x, auto y) { return max(x, y); }, a, b);
+}
+template <int N, class T>
+inline Pack<N, T> fma(const Pack<N, T>& a, const Pack<N, T>& b, const Pack<N, T>& c) {
+  return each([](auto x, auto y, auto z) { return fma(x, y, z); }, a, b, c);
+}
+template <int N, class T>
+inline Pack<N, T> where_positive(const Pack<N, T>& x, const Pack<N, T>& a, const Pack<N, T>& b) {
+  return each([](auto y, auto c, auto d) { return where_positive(y, c, d); }, x, a, b);
+}
+template <int N, class T>
+inline Pack<N, T> abs(const Pack<N, T>& a) {
+  return each([](auto x) { return abs(x); }, a);
+}
+template <int N, class T>
+inline Pack<N, T> sqrt(const Pack<N, T>& a) {
+  return each([](auto x) { return sqrt(x); }, a);
+}
+template <int N, class T>
+inline Pack<N, T> log(const Pack<N, T>& a) {
+  return each([](auto x) { return log(x); }, a);
+}
+// A number in every lane of what `like` is.
+template <int N, class T>
+inline Pack<N, T> constant(double x, const Pack<N, T>& like) {
+  return each([x](auto) { return set<T>(T(x)); }, like);
+}
+template <int N, class T>
+inline Pack<N, T> square(const Pack<N, T>& a) {
+  return a * a;
 }
 
 // Whole blocks between memory's dtype and the compute type. The loops are simple enough for the compiler.

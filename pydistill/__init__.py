@@ -18,7 +18,7 @@ import torch  # noqa: F401  before the compiled core, so that both use torch's O
 from pydistill.engine.backend import BackendInfo, backend_info, use_backend
 from pydistill.functional import LossMetrics, distillation_loss
 from pydistill.losses import DistillationLoss
-from pydistill.soft_targets import SoftTargets
+from pydistill.soft_targets import SoftTargets, top_k
 from pydistill.trainer import Trainer
 
 try:
@@ -34,5 +34,6 @@ __all__ = [
     "Trainer",
     "backend_info",
     "distillation_loss",
+    "top_k",
     "use_backend",
 ]

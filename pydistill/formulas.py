@@ -7,6 +7,7 @@ student's logits is ``(h_j - q_j * sum_k h_k) / T``; a divergence is therefore t
 ``p`` is the teacher, ``q`` the student. The same functions run on tensors and, compiled by numba, on scalars.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -16,12 +17,21 @@ from torch import Tensor
 
 
 class Point(NamedTuple):
-    """Probabilities and log-probabilities of teacher (p) and student (q), elementwise."""
+    """Probabilities of teacher (p) and student (q), elementwise, and log q - log p, from the logits.
+
+    ``reference`` is a number of the row, near log_ratio where q is large: h may be off by a constant times q.
+    """
 
     p: Any
     q: Any
-    log_p: Any
-    log_q: Any
+    log_ratio: Any
+    reference: Any
+
+
+def point(log_p, log_q) -> Point:
+    """From log-probabilities. Where both are -inf (a masked class) the ratio is 1: no NaN, in no derivative."""
+    masked = (log_p == -math.inf) & (log_q == -math.inf)
+    return Point(log_p.exp(), log_q.exp(), torch.where(masked, 0, log_q - log_p), 0.0)
 
 
 def times(weight, x):
@@ -29,24 +39,149 @@ def times(weight, x):
     return weight * torch.where(weight == 0, 0, x)
 
 
-class Divergence(NamedTuple):
-    """``value(point, beta)`` and ``d_log_q(point, beta)``; ``beta`` is the default, None where there is none."""
+class Mixture(NamedTuple):
+    """How p and q lie to ``m = weight * p + (1 - weight) * q``: log(p / m), log(q / m), p * q / m."""
 
-    value: Callable
-    d_log_q: Callable
+    log_p: Any
+    log_q: Any
+    overlap: Any
+
+
+def mixture(x, weight) -> Mixture:
+    """Through exp(-|log q - log p|): nothing overflows, and exactly 0, 0 and p where p = q."""
+    above = x.log_ratio > 0
+    difference = torch.where(above, -x.log_ratio, x.log_ratio)  # log of the smaller of p and q over the larger
+    of_smaller = torch.where(above, torch.full_like(difference, weight), torch.full_like(difference, 1 - weight))
+    larger = -torch.log1p(of_smaller * torch.expm1(difference))
+    log_p = larger + torch.where(above, difference, 0)
+    log_q = larger + torch.where(above, 0, difference)
+    return Mixture(log_p, log_q, times(torch.minimum(x.p, x.q), larger.exp()))
+
+
+class Divergence(NamedTuple):
+    """``value(point, beta)`` and ``d_log_q(point, beta)``, both None where D is no sum over classes of these.
+
+    ``beta`` is the default, None where there is none; it may be at most ``largest_beta``, and at its ends be another
+    divergence. ``top_k`` names the tails of a top-k teacher with which the divergence is defined; ``zeros`` says
+    whether the teacher's probabilities may be 0.
+    """
+
+    value: Callable | None
+    d_log_q: Callable | None
     beta: float | None = None
+    largest_beta: float = 1.0
+    ends: tuple = (None, None)
+    top_k: tuple = ("renormalize", "bucket")
+    zeros: bool = True
 
 
 DIVERGENCES = {
     "forward_kl": Divergence(
-        value=lambda x, beta: times(x.p, x.log_p - x.log_q),
+        value=lambda x, beta: -times(x.p, x.log_ratio),
         d_log_q=lambda x, beta: -x.p,
     ),
     "reverse_kl": Divergence(
-        value=lambda x, beta: times(x.q, x.log_q - x.log_p),
-        d_log_q=lambda x, beta: times(x.q, x.log_q - x.log_p + 1),
+        value=lambda x, beta: times(x.q, x.log_ratio),
+        d_log_q=lambda x, beta: times(x.q, x.log_ratio - x.reference),
+        top_k=("bucket",),
     ),
+    "jsd": Divergence(
+        value=lambda x, beta: (
+            beta * times(x.p, mixture(x, beta).log_p) + (1 - beta) * times(x.q, mixture(x, beta).log_q)
+        ),
+        d_log_q=lambda x, beta: (1 - beta) * times(x.q, mixture(x, beta).log_q),
+        beta=0.5,
+        ends=("forward_kl", "reverse_kl"),
+    ),
+    "skew_forward_kl": Divergence(
+        value=lambda x, beta: times(x.p, mixture(x, beta).log_p),
+        d_log_q=lambda x, beta: (beta - 1) * mixture(x, beta).overlap,
+        beta=0.1,
+        ends=("forward_kl", None),
+    ),
+    "skew_reverse_kl": Divergence(
+        value=lambda x, beta: times(x.q, mixture(x, 1 - beta).log_q),
+        d_log_q=lambda x, beta: times(x.q, mixture(x, 1 - beta).log_q) + (1 - beta) * mixture(x, 1 - beta).overlap,
+        beta=0.1,
+        ends=("reverse_kl", None),
+    ),
+    "total_variation": Divergence(
+        value=lambda x, beta: abs(x.q - x.p) / 2,
+        d_log_q=lambda x, beta: times(x.q - x.p, x.q / abs(x.q - x.p)) / 2,
+    ),
+    "squared_hellinger": Divergence(
+        value=lambda x, beta: (x.q**0.5 - x.p**0.5) ** 2 / 2,
+        d_log_q=lambda x, beta: x.q**0.5 * (x.q**0.5 - x.p**0.5) / 2,
+    ),
+    "mse": Divergence(None, None, top_k=(), zeros=False),
+    "dkd": Divergence(None, None, beta=8.0, largest_beta=math.inf, top_k=()),
 }
+
+
+def soft_value(student, teacher, labels, options, indices=None, log_partitions=None):
+    """The divergence per row, T^2 included, by differentiable torch operations.
+
+    ``teacher`` has the logits of all classes or, with ``indices``, of these; ``labels`` are those of dkd.
+    """
+    if options.divergence == "mse":
+        return torch.where(student == teacher, 0, student - teacher).square().mean(-1)
+    units = options.temperature**2 if options.t_squared else 1
+    if options.divergence == "dkd":
+        return units * dkd(student, teacher, labels, options.temperature, options.beta)
+    if indices is None:
+        log_p, log_q = log_softened(teacher, options.temperature), log_softened(student, options.temperature)
+    else:
+        log_p, log_q, _ = outcomes(student, teacher, indices, log_partitions, options.temperature)
+    return units * DIVERGENCES[options.divergence].value(point(log_p, log_q), options.beta).sum(-1)
+
+
+def outcomes(student, teacher, indices, log_partitions, temperature):
+    """Log-probabilities of a top-k teacher's classes and, last, of the rest: ``(log_p, log_q, log_q of each class)``.
+
+    Without a log-partition the rest has p = 0: every divergence that is finite there is proportional to q then, so
+    one outcome stands for all of its classes.
+    """
+    log_q = log_softened(student, temperature)
+    apart = torch.zeros_like(student, dtype=torch.bool).scatter(-1, indices, True)
+    rest = log_q.masked_fill(apart, -math.inf) if indices.shape[-1] < student.shape[-1] else log_q[..., :0] - math.inf
+    rest = _log_sum_exp(rest)
+    log_p = log_softened(teacher, temperature)
+    log_p_rest = torch.full_like(rest, -math.inf)
+    if log_partitions is not None:
+        top = (teacher / temperature).logsumexp(-1)
+        less = (top.double() - log_partitions).clamp(max=0)
+        log_p_rest = torch.log(-torch.expm1(less)).to(rest.dtype)
+        log_p = log_p + (top.double() - log_partitions).to(rest.dtype).unsqueeze(-1)
+    of_top = torch.cat([log_p, log_p_rest.unsqueeze(-1)], -1)
+    return of_top, torch.cat([log_q.gather(-1, indices), rest.unsqueeze(-1)], -1), log_q
+
+
+def dkd(student, teacher, labels, temperature, beta):
+    """KL of (label, all others), and beta times the KL within the others, in log space."""
+    if student.shape[-1] == 1:
+        return (student * 0).sum(-1)
+    of_label = F.one_hot(labels, student.shape[-1]).bool()
+    parts = []
+    for logits in (teacher, student):
+        shifted = (logits - logits.detach().amax(-1, keepdim=True)) / temperature
+        others = shifted.masked_fill(of_label, -math.inf)
+        odds = shifted.gather(-1, labels.unsqueeze(-1)).squeeze(-1) - _log_sum_exp(others)
+        parts.append((odds, log_softened(logits.masked_fill(of_label, -math.inf), temperature)))
+    (p_odds, log_p), (q_odds, log_q) = parts
+    first = sum(
+        -times(torch.sigmoid(sign * p_odds), F.logsigmoid(sign * q_odds) - F.logsigmoid(sign * p_odds))
+        for sign in (1, -1)
+    )
+    within = point(log_p, log_q)
+    return first + beta * -times(within.p, within.log_ratio).sum(-1)
+
+
+def _log_sum_exp(x):
+    """logsumexp, -inf where there is nothing to sum, and then without a gradient."""
+    if x.shape[-1] == 0:
+        return x.sum(-1) - math.inf
+    nothing = (x == -math.inf).all(-1)
+    return torch.where(nothing, -math.inf, torch.where(nothing.unsqueeze(-1), 0, x).logsumexp(-1))
 
 
 def loss_formula(batch, soft_items=None, hard_items=None):
@@ -66,11 +201,8 @@ def loss_formula(batch, soft_items=None, hard_items=None):
     soft = hard = zero
     if batch.teacher is not None:
         teacher = torch.where(soft_rows.unsqueeze(-1), batch.teacher.detach().to(dtype), 0)
-        divergence = DIVERGENCES[options.divergence]
-        log_q, log_p = log_softened(student, options.temperature), log_softened(teacher, options.temperature)
-        value = divergence.value(Point(log_p.exp(), log_q.exp(), log_p, log_q), options.beta).sum(-1)
-        units = options.temperature**2 if options.t_squared else 1
-        soft = torch.where(soft_rows, weight * units * value, zero)
+        value = soft_value(student, teacher, labels, options, batch.teacher_indices, batch.log_partitions)
+        soft = torch.where(soft_rows, weight * value, zero)
     if batch.labels is not None:
         ce = F.cross_entropy(  # flattened: from three dimensions on it takes the second one for the classes
             student.reshape(-1, student.shape[-1]),

@@ -7,7 +7,13 @@ from torch import Tensor
 
 from pydistill.engine import autograd, library
 from pydistill.engine.batch import Batch
-from pydistill.engine.checks import check_options, check_tensors, wants_op, warn_of_probabilities
+from pydistill.engine.checks import (
+    check_options,
+    check_teacher_form,
+    check_tensors,
+    wants_op,
+    warn_of_probabilities,
+)
 from pydistill.formulas import loss_dtype
 
 
@@ -158,7 +164,7 @@ def distillation_loss(
     options = check_options(
         divergence, beta, temperature, alpha, t_squared, ignore_index, unlabeled, label_smoothing, reduction, num_items
     )
-    logits, sample_weight, class_weight = check_tensors(
+    logits, sample_weight, class_weight, indices = check_tensors(
         student_logits,
         teacher,
         labels,
@@ -167,7 +173,8 @@ def distillation_loss(
         soft=options.alpha > 0,
         hard=options.alpha < 1,
     )
-    batch = Batch(student_logits, logits, labels, sample_weight, class_weight, options)
+    partitions = check_teacher_form(teacher, labels, options)
+    batch = Batch(student_logits, logits, labels, sample_weight, class_weight, indices, partitions, options)
     loss, outcome = autograd.run(batch, inplace, return_metrics)
     if outcome.teacher_sums_to_one and type(teacher) is Tensor:
         warn_of_probabilities()

@@ -1,5 +1,7 @@
 """The forms in which a teacher can be given."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -9,12 +11,15 @@ _SUM_TOLERANCE = {torch.float16: 1e-2, torch.bfloat16: 1e-2}
 class SoftTargets:
     """A teacher's outputs, ready for :func:`pydistill.distillation_loss`, in any of the forms teachers give them.
 
-    Make one with :meth:`from_logits`, :meth:`from_probs` or :meth:`from_log_probs`. All of them end as logits, since
-    the softmax of ``log(p) / T`` is ``p**(1/T)`` renormalised: the teacher's distribution at temperature T.
-    A probability of exactly 0 becomes a logit of -inf.
+    Make one with :meth:`from_logits`, :meth:`from_probs`, :meth:`from_log_probs`, :meth:`from_topk` or
+    :func:`pydistill.top_k`. All of them end as logits, since the softmax of ``log(p) / T`` is ``p**(1/T)``
+    renormalised: the teacher's distribution at temperature T. A probability of exactly 0 becomes a logit of -inf.
 
     Attributes:
-        logits: tensor ``(..., C)``; detached.
+        logits: tensor ``(..., C)``, or ``(..., k)`` for a top-k teacher; detached.
+        indices: the classes of a top-k teacher's logits, int64 ``(..., k)``; else None.
+        log_partitions: ``{temperature: log-sum-exp of all the logits / temperature}``, float64 ``(...)``.
+        tail: what a top-k teacher's other classes are: "renormalize" or "bucket".
 
     Example:
         >>> import torch, pydistill
@@ -26,11 +31,12 @@ class SoftTargets:
         (True, SoftTargets(shape=(2, 3), dtype=torch.float32))
     """
 
-    __slots__ = ("logits",)
+    __slots__ = ("_classes", "_probabilities", "indices", "log_partitions", "logits", "tail")
 
-    def __init__(self, logits):
+    def __init__(self, logits, *, indices=None, classes=None, log_partitions=None, tail=None, probabilities=False):
         """Use one of the ``from_*`` constructors."""
-        self.logits = logits
+        self.logits, self.indices, self.log_partitions, self.tail = logits, indices, log_partitions or {}, tail
+        self._classes, self._probabilities = classes, probabilities
 
     @classmethod
     def from_logits(cls, logits) -> "SoftTargets":
@@ -59,7 +65,7 @@ class SoftTargets:
         if validate:
             _check_probs(probs)
         wide = probs if probs.dtype in (torch.float32, torch.float64) else probs.float()
-        return cls(wide.log())
+        return cls(wide.log(), probabilities=True)
 
     @classmethod
     def from_log_probs(cls, log_probs) -> "SoftTargets":
@@ -71,22 +77,159 @@ class SoftTargets:
             TypeError: not a floating-point tensor or array.
             ValueError: a scalar, which has no class dimension.
         """
-        return cls(_as_float_tensor(log_probs, "log_probs").detach())
+        return cls(_as_float_tensor(log_probs, "log_probs").detach(), probabilities=True)
+
+    @classmethod
+    def from_topk(cls, indices, logits, num_classes, *, log_partitions=None, tail="renormalize") -> "SoftTargets":
+        """From the k largest logits of each row, as a cache of a language model's outputs holds them.
+
+        Args:
+            indices: the classes, int64 or int32 ``(..., k)``, in any order, none twice in a row.
+            logits: their logits ``(..., k)``, of any floating dtype.
+            num_classes: C, the number of classes that there are.
+            log_partitions: ``{temperature: tensor (...)}``, the log-sum-exp of *all* the logits / temperature.
+            tail: what the other classes are. "renormalize": nothing, the k classes are the teacher's whole
+                distribution. "bucket": one more outcome, which holds the rest of the mass, for teacher and student
+                alike; it needs the log-partition at the temperature of the loss.
+
+        Raises:
+            ValueError: shapes that disagree, a class outside [0, C) or twice in a row, an unknown tail.
+            TypeError: indices that are no integers, logits that are no floating-point numbers.
+        """
+        logits = _as_float_tensor(logits, "logits").detach()
+        indices = torch.as_tensor(indices)
+        if indices.dtype not in (torch.int64, torch.int32):
+            raise TypeError(f"indices must be int64 or int32, got {indices.dtype}")
+        if indices.shape != logits.shape or not logits.shape[-1]:
+            raise ValueError(
+                f"indices and logits must have one shape (..., k) with k >= 1, got indices {tuple(indices.shape)} and "
+                f"logits {tuple(logits.shape)}"
+            )
+        if tail not in ("renormalize", "bucket"):
+            raise ValueError(f'tail must be "renormalize" or "bucket", got {tail!r}')
+        indices = indices.long()
+        _check_indices(indices, num_classes)
+        partitions = {float(t): _as_partition(t, x, logits) for t, x in dict(log_partitions or {}).items()}
+        return cls(logits, indices=indices, classes=int(num_classes), log_partitions=partitions, tail=tail)
+
+    def select_classes(self, classes) -> "SoftTargets":
+        """The targets over some of the classes, renormalised: for a teacher whose vocabulary is padded or larger.
+
+        Padding the student with zeros instead would give it mass on classes that do not exist.
+
+        Args:
+            classes: a number, for the first so many, or a tensor or array of class indices in the student's order.
+
+        Raises:
+            ValueError: more classes than there are; top-k targets, which must be selected before the top k are taken.
+
+        Example:
+            >>> import torch, pydistill
+            >>> teacher = pydistill.SoftTargets.from_logits(torch.zeros(2, 32064))
+            >>> teacher.select_classes(32000)
+            SoftTargets(shape=(2, 32000), dtype=torch.float32)
+        """
+        if self.indices is not None:
+            raise ValueError("select_classes: top-k targets have lost the other classes; select first, then take top_k")
+        have = self.logits.shape[-1]
+        if isinstance(classes, int):
+            if not 0 < classes <= have:
+                raise ValueError(f"classes must be in [1, {have}], the number that the targets have; got {classes}")
+            logits = self.logits[..., :classes]
+        else:
+            logits = self.logits[..., torch.as_tensor(classes)]
+        return type(self)(logits, probabilities=self._probabilities)
 
     @property
     def shape(self) -> torch.Size:
-        """Shape of the logits, classes last."""
-        return self.logits.shape
+        """Shape of the targets, classes last; for a top-k teacher all classes count."""
+        if self.indices is None:
+            return self.logits.shape
+        return torch.Size((*self.logits.shape[:-1], self._classes))
+
+    def has_zeros(self) -> bool:
+        """Whether these were probabilities, some of them exactly 0."""
+        return self._probabilities and bool((self.logits == -math.inf).any())
 
     def __len__(self) -> int:
         return len(self.logits)
 
     def __getitem__(self, rows) -> "SoftTargets":
         """The targets of some rows: an index, a slice, a mask, or a tensor or array of indices, as in torch."""
-        return type(self)(self.logits[rows])
+        return type(self)(
+            self.logits[rows],
+            indices=None if self.indices is None else self.indices[rows],
+            classes=self._classes,
+            log_partitions={t: x[rows] for t, x in self.log_partitions.items()},
+            tail=self.tail,
+            probabilities=self._probabilities,
+        )
 
     def __repr__(self) -> str:
-        return f"SoftTargets(shape={tuple(self.logits.shape)}, dtype={self.logits.dtype})"
+        top = "" if self.indices is None else f", k={self.logits.shape[-1]}, tail={self.tail!r}"
+        return f"SoftTargets(shape={tuple(self.shape)}, dtype={self.logits.dtype}{top})"
+
+
+def top_k(teacher_logits, k, temperatures=(1.0,), *, tail="renormalize") -> SoftTargets:
+    """The k largest logits of each row as :class:`SoftTargets`: a teacher's output in k / C of its memory.
+
+    Args:
+        teacher_logits: ``(..., C)``, of any floating dtype.
+        k: how many to keep, at most C.
+        temperatures: those at which log-partitions are stored, for ``tail="bucket"``.
+        tail: as in :meth:`SoftTargets.from_topk`.
+
+    Example:
+        >>> import torch, pydistill
+        >>> teacher = pydistill.top_k(torch.randn(4, 1000), 16, temperatures=(1.0, 2.0), tail="bucket")
+        >>> teacher, sorted(teacher.log_partitions)
+        (SoftTargets(shape=(4, 1000), dtype=torch.float32, k=16, tail='bucket'), [1.0, 2.0])
+        >>> student_logits = torch.randn(4, 1000, requires_grad=True)
+        >>> pydistill.distillation_loss(student_logits, teacher, alpha=1.0, temperature=2.0).backward()
+    """
+    logits = _as_float_tensor(teacher_logits, "teacher_logits").detach()
+    if not isinstance(k, int) or not 0 < k <= logits.shape[-1]:
+        raise ValueError(f"k must be a whole number in [1, {logits.shape[-1]}], the number of classes; got {k!r}")
+    values, indices = logits.topk(k, dim=-1)
+    partitions = {float(t): _log_partition(logits, t) for t in temperatures}
+    if tail not in ("renormalize", "bucket"):
+        raise ValueError(f'tail must be "renormalize" or "bucket", got {tail!r}')
+    return SoftTargets(values, indices=indices, classes=logits.shape[-1], log_partitions=partitions, tail=tail)
+
+
+def _log_partition(logits, temperature):
+    """Log-sum-exp of logits / temperature in float64; the rows' sums are taken in at least float32."""
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"temperatures must be positive and finite, got {temperature!r}")
+    top = logits.amax(-1, keepdim=True)
+    wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    sums = ((logits.to(wide) - top.to(wide)) / temperature).exp().sum(-1, dtype=torch.float64)
+    return top.squeeze(-1).double() / temperature + sums.log()
+
+
+def _as_partition(temperature, values, logits):
+    values = torch.as_tensor(values)
+    if not float(temperature) > 0:
+        raise ValueError(f"log_partitions must be keyed by temperatures > 0, got {temperature!r}")
+    if values.shape != logits.shape[:-1]:
+        raise ValueError(
+            f"log_partitions must have the shape of logits without its last dimension, got {tuple(values.shape)} at "
+            f"temperature {temperature:g} and logits {tuple(logits.shape)}"
+        )
+    return values.detach().double()
+
+
+def _check_indices(indices, num_classes):
+    rows = indices.reshape(-1, indices.shape[-1])
+    if indices.shape[-1] > num_classes:
+        raise ValueError(f"indices has {indices.shape[-1]} classes per row, of {num_classes} that there are")
+    outside = ((rows < 0) | (rows >= num_classes)).any(-1)
+    ordered = rows.sort(-1).values
+    twice = (ordered[:, 1:] == ordered[:, :-1]).any(-1)
+    if (outside | twice).any():
+        row = int((outside | twice).nonzero()[0])
+        rule = f"be in [0, {num_classes})" if outside[row] else "not repeat within a row"
+        raise ValueError(f"indices must {rule}; row {row} holds {rows[row].tolist()}")
 
 
 def _as_float_tensor(values, name) -> Tensor:

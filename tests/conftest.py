@@ -24,6 +24,8 @@ def _variants():
 
 
 VARIANTS = _variants()
+# The row kernel's two ways through a plain teacher; test_divergences.py tests every divergence in the registry.
+KINDS = ("forward_kl", "reverse_kl")
 
 
 @pytest.fixture(params=VARIANTS, ids=[f"{name}-{isa}" if isa else name for name, isa in VARIANTS])

@@ -16,14 +16,44 @@ def softened(logits, temperature):
     return z - torch.logsumexp(z, -1, keepdim=True)
 
 
-def row_divergence(name, student, teacher, temperature):
-    """D(p, q) per row in nats, with the limits 0 * log 0 = 0."""
+BETA = {"jsd": 0.5, "skew_forward_kl": 0.1, "skew_reverse_kl": 0.1, "dkd": 8.0}  # the defaults of the contract
+
+
+def kl(p, q):
+    """sum p (log p - log q) of probabilities, 0 where p is 0."""
+    return (p * (p.log() - q.log()).masked_fill(p == 0, 0.0)).sum(-1)
+
+
+def row_divergence(name, student, teacher, temperature, beta=None, labels=None):
+    """D(p, q) per row in nats, from the definitions, with the limits 0 * log 0 = 0."""
+    beta = BETA.get(name) if beta is None else beta
+    if name == "mse":
+        return (student.double() - teacher.double()).masked_fill(student == teacher, 0.0).square().mean(-1)
     log_q, log_p = softened(student, temperature), softened(teacher, temperature)
     p, q = log_p.exp(), log_q.exp()
+    if name == "dkd":
+        others = F.one_hot(labels.long(), student.shape[-1]) == 0
+        binary_p, binary_q = (torch.stack([(x * ~others).sum(-1), (x * others).sum(-1)], -1) for x in (p, q))
+        if student.shape[-1] == 1:
+            return binary_q.sum(-1) * 0
+        rest_p, rest_q = (softened(x.double().masked_fill(~others, -math.inf), temperature) for x in (teacher, student))
+        weight = rest_p.exp()
+        nckd = (weight * (rest_p - rest_q).masked_fill(weight == 0, 0.0)).sum(-1)
+        return kl(binary_p, binary_q) + beta * nckd
     if name == "forward_kl":
         weight, difference = p, log_p - log_q
     elif name == "reverse_kl":
         weight, difference = q, log_q - log_p
+    elif name == "jsd":
+        return beta * kl(p, beta * p + (1 - beta) * q) + (1 - beta) * kl(q, beta * p + (1 - beta) * q)
+    elif name == "skew_forward_kl":
+        return kl(p, beta * p + (1 - beta) * q)
+    elif name == "skew_reverse_kl":
+        return kl(q, (1 - beta) * p + beta * q)
+    elif name == "total_variation":
+        return (p - q).abs().sum(-1) / 2
+    elif name == "squared_hellinger":
+        return (1 - (log_p / 2 + log_q / 2).exp().sum(-1)).clamp(min=0)
     else:
         raise AssertionError(f"the reference does not know {name}")
     return (weight * difference.masked_fill(weight == 0, 0.0)).sum(-1)
@@ -49,6 +79,7 @@ def loss(
     labels=None,
     *,
     divergence="forward_kl",
+    beta=None,
     temperature=1.0,
     alpha=0.5,
     t_squared=True,
@@ -73,8 +104,9 @@ def loss(
         soft_i = hard_i = zero
         counts = float(w[i]) != 0 and (labelled or labels is None or unlabeled == "distill")
         if counts and alpha > 0:
-            d = row_divergence(divergence, student[i : i + 1], teacher[i : i + 1], temperature)[0]
-            soft_i = w[i] * d * (temperature**2 if t_squared else 1)
+            label = None if labels is None else labels[i : i + 1]
+            d = row_divergence(divergence, student[i : i + 1], teacher[i : i + 1], temperature, beta, label)[0]
+            soft_i = w[i] * d * (temperature**2 if t_squared and divergence != "mse" else 1)
         if counts:
             soft_items, soft_counted = soft_items + float(w[i]), soft_counted + 1
         if counts and labelled:
@@ -141,3 +173,31 @@ def assert_accurate(
     rounding = ROUNDING[dtype] * float(want_gradient.norm()) + SMALLEST[dtype] * math.sqrt(want_gradient.numel())
     error = float((got_gradient.double() - want_gradient).norm())
     assert error <= bound + rounding, f"gradient off by {error:.3g}, allowed {bound + rounding:.3g}"
+
+
+def topk_divergence(name, student, logits, indices, temperature, *, partition=None, beta=None):
+    """D over a top-k teacher's classes and the rest, per row: its k classes alone, or with one outcome for the rest."""
+    q = softened(student, temperature).exp()
+    apart = torch.zeros_like(student, dtype=torch.bool).scatter(-1, indices, True)
+    q = torch.cat([q.gather(-1, indices), (q * ~apart).sum(-1, keepdim=True)], -1)
+    p = softened(logits, temperature).exp()
+    kept = torch.ones_like(p[..., :1])
+    if partition is not None:
+        kept = (torch.logsumexp(logits.double() / temperature, -1) - partition).exp().clamp(max=1).unsqueeze(-1)
+    p = torch.cat([p * kept, 1 - kept], -1)
+    m_beta = BETA.get(name) if beta is None else beta
+    if name == "forward_kl":
+        return kl(p, q)
+    if name == "reverse_kl":
+        return kl(q, p)
+    if name == "jsd":
+        m = m_beta * p + (1 - m_beta) * q
+        return m_beta * kl(p, m) + (1 - m_beta) * kl(q, m)
+    if name == "skew_forward_kl":
+        return kl(p, m_beta * p + (1 - m_beta) * q)
+    if name == "skew_reverse_kl":
+        return kl(q, (1 - m_beta) * p + m_beta * q)
+    if name == "total_variation":
+        return (p - q).abs().sum(-1) / 2
+    assert name == "squared_hellinger"
+    return (p.sqrt() - q.sqrt()).square().sum(-1) / 2

@@ -3,10 +3,10 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import KINDS
 from reference import GRADIENT_BOUND, assert_accurate, loss_and_gradient, softened
 
 import pydistill
-from pydistill.formulas import DIVERGENCES
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 TEMPERATURES = (0.5, 1.0, 2.0, 4.0, 2.5, 20.0)
@@ -99,7 +99,7 @@ def name(parameter):
     return str(parameter).removeprefix("torch.")
 
 
-every_divergence = pytest.mark.parametrize("divergence", DIVERGENCES)
+every_divergence = pytest.mark.parametrize("divergence", KINDS)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=name)
 
 

@@ -3,11 +3,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import KINDS
 from reference import assert_accurate, loss, loss_and_gradient
 from torch.autograd import gradcheck, gradgradcheck
 
 import pydistill
-from pydistill.formulas import DIVERGENCES
 
 N, C = 4, 5
 LABELS = torch.tensor([1, 4, -100, 0])
@@ -25,7 +25,7 @@ OPTIONS = {
     },
 }
 every_option = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-every_divergence = pytest.mark.parametrize("divergence", DIVERGENCES)
+every_divergence = pytest.mark.parametrize("divergence", KINDS)
 every_reduction = pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 every_dtype = pytest.mark.parametrize(
     "dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=lambda dtype: str(dtype)[6:]

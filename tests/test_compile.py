@@ -179,6 +179,8 @@ def test_opcheck(options, dtype):
             teacher,
             labels,
             *(x if x is None or dtype != torch.float64 else x.double() for x in tensors),
+            None,
+            None,
             number(options.get("temperature", 1.0)),
             number(options.get("alpha", 0.5)),
             *map(number, items),
@@ -332,10 +334,11 @@ def test_probability_warning_under_compile(monkeypatch):
 def test_formula_keeps_the_digits_of_large_logits(divergence):
     """Softened after their maximum is gone: divided by T as they are, logits of 1e4 lose the fourth digit."""
     student, teacher = 1e4 + 3 * torch.randn(2, 8, 50)
+    labels = torch.randint(50, (8,))
     options = {"divergence": divergence, "temperature": 3.0, "alpha": 1.0}
-    value, gradient = loss_and_gradient(student, teacher, None, **options)
+    value, gradient = loss_and_gradient(student, teacher, labels, **options)
     got, got_gradient = torch.func.grad_and_value(
-        lambda x: pydistill.distillation_loss(x, teacher, **options), has_aux=False
+        lambda x: pydistill.distillation_loss(x, teacher, labels, **options), has_aux=False
     )(student)[::-1]
     torch.testing.assert_close(got.double(), value.double(), rtol=1e-5, atol=0)
     torch.testing.assert_close(

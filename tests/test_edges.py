@@ -8,16 +8,16 @@ import pytest
 import reference
 import torch
 import torch.nn.functional as F
+from conftest import KINDS
 from reference import assert_accurate, loss_and_gradient
 
 import pydistill
 from pydistill.engine import checks
-from pydistill.formulas import DIVERGENCES
 
 INF, NAN = math.inf, math.nan
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
-every_divergence = pytest.mark.parametrize("divergence", DIVERGENCES)
+every_divergence = pytest.mark.parametrize("divergence", KINDS)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 # One block of a kernel and its tail; several blocks, which may be masked as a whole.
 every_size = pytest.mark.parametrize("classes", [5, 2500])
@@ -385,7 +385,7 @@ def test_shapes_and_devices_that_disagree(variant, student, others, words):
 def test_option_out_of_range(variant, name, value):
     student, teacher, labels = make(2, 5)
     values = [value] if name == "beta" else [value, torch.tensor(value, dtype=torch.float64)]
-    for given, divergence in product(values, DIVERGENCES):
+    for given, divergence in product(values, KINDS):
         with pytest.raises(ValueError, match=rf"{name}.*{value}"):
             pydistill.distillation_loss(student, teacher, labels, divergence=divergence, **{name: given})
 

@@ -5,17 +5,17 @@ import math
 import numpy as np
 import pytest
 import torch
+from conftest import KINDS
 from reference import assert_accurate, loss_and_gradient
 
 import pydistill
 from pydistill import SoftTargets
-from pydistill.formulas import DIVERGENCES
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 OPTIONS = {"temperature": 2.0, "alpha": 0.7}
 N, C = 3, 37
 
-every_divergence = pytest.mark.parametrize("divergence", DIVERGENCES)
+every_divergence = pytest.mark.parametrize("divergence", KINDS)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 
 

@@ -6,15 +6,15 @@ import pytest
 import reference
 import torch
 import torch.nn.functional as F
+from conftest import KINDS
 
 import pydistill
-from pydistill.formulas import DIVERGENCES
 
 NAN = math.nan
 N, C = 6, 9
 REDUCTIONS = ("mean", "sum", "none")
 DTYPES = (torch.float32, torch.float64, torch.float16)
-every_divergence = pytest.mark.parametrize("divergence", DIVERGENCES)
+every_divergence = pytest.mark.parametrize("divergence", KINDS)
 every_reduction = pytest.mark.parametrize("reduction", REDUCTIONS)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 

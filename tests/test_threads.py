@@ -6,6 +6,7 @@ import threading
 import numpy as np
 import pytest
 import torch
+from conftest import KINDS
 from reference import loss_and_gradient
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -169,7 +170,7 @@ def test_training_loop_around_forked_workers(variant):
     assert losses[-1] < losses[0]
 
 
-@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("divergence", KINDS)
 def test_numba_does_not_depend_on_where_its_memory_lies(divergence):
     """The bits of a short row, with the scratch at every distance behind the logits: LLVM's loops look at it."""
     buffer = np.zeros(1000, np.float32)
@@ -177,7 +178,9 @@ def test_numba_does_not_depend_on_where_its_memory_lies(divergence):
     second_pass = None if divergence == "forward_kl" else numba_kernels._second_pass(DIVERGENCES[divergence])
     for classes in (5, 9, 21, 40):
         row = torch.zeros(1, classes)
-        settings, _ = numba_kernels._settings(Batch(row, row, row[0, :1].long(), None, None, options), True, False)
+        settings, _ = numba_kernels._settings(
+            Batch(row, row, row[0, :1].long(), None, None, None, None, options), True, False
+        )
         s, t = (3 * torch.randn(2, classes)).numpy()
         logits = buffer[:classes]
         logits[:] = s

@@ -65,7 +65,7 @@ class _FusedLoss(torch.autograd.Function):
             student = None
         # Tensors go through save_for_backward: attributes of ctx escape torch's check for a freed graph. It refuses
         # those of inference_mode, which nobody can change without it.
-        constants = batch[1:5]
+        constants = batch[1:7]
         call.inference = None
         if True in [x is not None and x.is_inference() for x in constants]:
             call.inference = [x if x is not None and x.is_inference() else None for x in constants]
@@ -116,19 +116,25 @@ def _second_order(batch, grad_output):
 
 def flatten(batch: Batch) -> Batch:
     """Rows in one dimension, classes next to each other. The reshapes are autograd's business."""
-    student, teacher, labels, sample_weight, class_weight, options = batch
+    student, teacher, labels, sample_weight, class_weight, indices, partitions, options = batch
+    if indices is not None:
+        indices = indices.reshape(-1, indices.shape[-1]).contiguous()
+    if partitions is not None:
+        partitions = partitions.reshape(-1).contiguous()
     if student.dim() == 2 and student.stride(1) == 1:
         if teacher is not None and teacher.stride(1) != 1:
             teacher = teacher.contiguous()
         if labels is not None and not labels.is_contiguous():
             labels = labels.contiguous()
-        return Batch(student, teacher, labels, sample_weight, class_weight, options)
+        return Batch(student, teacher, labels, sample_weight, class_weight, indices, partitions, options)
     return Batch(
         _as_rows(student),
         None if teacher is None else _as_rows(teacher),
         None if labels is None else labels.reshape(-1).contiguous(),
         None if sample_weight is None else sample_weight.reshape(-1),
         class_weight,
+        indices,
+        partitions,
         options,
     )
 
@@ -141,6 +147,7 @@ def _is_flat(batch) -> bool:
         and student.is_contiguous()
         and (teacher is None or teacher.is_contiguous())
         and (labels is None or labels.is_contiguous())
+        and batch.teacher_indices is None
     )
 
 
@@ -163,7 +170,7 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 
 def _why_formula(batch) -> str | None:
     """Why the differentiable formula must run instead of the engine; None where it need not."""
-    for tensor in batch[:5]:
+    for tensor in batch[:7]:
         if tensor is not None and not (type(tensor) in _PLAIN and tensor.is_cpu):
             return f"device {tensor.device}" if type(tensor) in _PLAIN else f"tensor subclass {type(tensor).__name__}"
     if in_functorch():
@@ -188,7 +195,10 @@ def _run_formula(batch, metrics):
     best = _first_maximum(batch.student)
     agreement = accuracy = nan
     if batch.teacher is not None:
-        agreement = _share((best == _first_maximum(batch.teacher)) & (best >= 0), soft_rows, loss.dtype)
+        theirs = _first_maximum(batch.teacher)
+        if batch.teacher_indices is not None:
+            theirs = batch.teacher_indices.gather(-1, theirs.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+        agreement = _share((best == theirs) & (best >= 0), soft_rows, loss.dtype)
     if batch.labels is not None:
         accuracy = _share(best == batch.labels, labelled_rows, loss.dtype)
     return loss, Outcome(
@@ -226,7 +236,7 @@ def _check_inplace(batch):
             f"{tuple(student.shape)} with strides {student.stride()}"
         )
     start, end = _memory(student)
-    for name, other in zip(batch._fields[1:5], batch[1:5], strict=True):
+    for name, other in zip(batch._fields[1:7], batch[1:7], strict=True):
         if other is None:
             continue
         first, last = _memory(other)

@@ -27,6 +27,9 @@ class Batch(NamedTuple):
     student and teacher ``(N, C)``, or ``(..., C)`` for the formula; labels and sample_weight ``(N,)``; class_weight
     ``(C,)``. teacher is None where the soft term is not evaluated, labels may be None where the hard term is not.
     The weights have the dtype of the loss.
+
+    A top-k teacher is ``(N, k)``, with ``teacher_indices`` ``(N, k)``, int64. With ``log_partitions`` ``(N,)``,
+    float64, at the temperature in use, the rest of its mass is one more outcome.
     """
 
     student: Tensor
@@ -34,6 +37,8 @@ class Batch(NamedTuple):
     labels: Tensor | None
     sample_weight: Tensor | None
     class_weight: Tensor | None
+    teacher_indices: Tensor | None
+    log_partitions: Tensor | None
     options: Options
 
 

@@ -28,8 +28,17 @@ def check_options(
     entry = DIVERGENCES.get(divergence) if isinstance(divergence, str) else None
     if entry is None:
         raise ValueError(f"divergence must be one of {', '.join(DIVERGENCES)}; got {divergence!r}")
-    if beta is not None and entry.beta is None:
+    if beta is None:
+        beta = entry.beta
+    elif entry.beta is None:
         raise ValueError(f"beta: divergence {divergence!r} has no parameter, got beta={beta!r}")
+    else:
+        beta = beta if type(beta) is float else _number("beta", beta)
+        if not 0 <= beta <= entry.largest_beta or beta == math.inf:
+            raise ValueError(f"beta of {divergence!r} must be in [0, {entry.largest_beta:g}] and finite, got {beta!r}")
+        if beta in (0, 1):
+            end = entry.ends[int(beta)]
+            divergence, beta = (divergence, beta) if end is None else (end, None)
     if type(temperature) is not float:
         temperature = _number("temperature", temperature)
     if not 0 < temperature < math.inf:
@@ -48,13 +57,15 @@ def check_options(
         raise TypeError(f"ignore_index must be an integer, got {ignore_index!r}")
     if unlabeled not in ("skip", "distill"):
         raise ValueError(f'unlabeled must be "skip" or "distill", got {unlabeled!r}')
+    if divergence == "dkd" and unlabeled == "distill" and alpha > 0:
+        raise ValueError('unlabeled="distill": dkd needs the label of every row that counts')
     check_reduction(reduction)
     soft_items = hard_items = None
     if num_items is not None:
         soft_items, hard_items = _check_num_items(num_items, reduction)
     return Options(
         divergence,
-        entry.beta if beta is None else beta,
+        beta,
         temperature,
         alpha,
         t_squared,
@@ -100,7 +111,10 @@ def _check_num_items(num_items, reduction):
 
 
 def check_tensors(student, teacher, labels, sample_weight, class_weight, *, soft: bool, hard: bool):
-    """Types, dtypes, devices and shapes. ``soft`` and ``hard`` say which terms are evaluated; teacher is unwrapped."""
+    """Types, dtypes, devices and shapes. ``soft`` and ``hard`` say which terms are evaluated.
+
+    The teacher's logits, the weights, and the indices of a top-k teacher.
+    """
     if not isinstance(student, Tensor):
         raise TypeError(f"student_logits must be a tensor, got {type(student).__name__}")
     if student.dtype not in DTYPES:
@@ -111,9 +125,9 @@ def check_tensors(student, teacher, labels, sample_weight, class_weight, *, soft
     if soft:
         if teacher is None:
             raise ValueError("teacher must be given unless alpha is 0: alpha is the weight of the soft term")
-        teacher = _check_teacher(teacher, student)
+        teacher, indices = _check_teacher(teacher, student)
     else:
-        teacher = None
+        teacher = indices = None
     if labels is not None:
         _check_labels(labels, student)
     elif hard:
@@ -122,28 +136,74 @@ def check_tensors(student, teacher, labels, sample_weight, class_weight, *, soft
         sample_weight = _check_weight("sample_weight", sample_weight, student, shape[:-1])
     if class_weight is not None:
         class_weight = _check_weight("class_weight", class_weight, student, shape[-1:])
-    return teacher, sample_weight, class_weight
+    return teacher, sample_weight, class_weight, indices
 
 
 def _check_teacher(teacher, student):
+    indices, shape = None, None
     if isinstance(teacher, SoftTargets):
-        teacher = teacher.logits
-    elif not isinstance(teacher, Tensor):
+        indices, shape, teacher = teacher.indices, teacher.shape, teacher.logits
+    elif isinstance(teacher, Tensor):
+        shape = teacher.shape
+    else:
         raise TypeError(f"teacher must be a tensor of logits or SoftTargets, got {type(teacher).__name__}")
     if teacher.dtype not in DTYPES:
         raise TypeError(f"teacher must be float32, float64, bfloat16 or float16, got {teacher.dtype}")
-    if teacher.shape != student.shape:
-        hint = ""
-        if teacher.dim() > 2 and teacher.movedim(1, -1).shape == student.shape:
-            hint = "; if the teacher's classes are dimension 1, pass teacher.movedim(1, -1)"
-        elif student.dim() > 2 and student.movedim(1, -1).shape == teacher.shape:
-            hint = "; if the student's classes are dimension 1, pass student_logits.movedim(1, -1)"
+    if shape != student.shape:
         raise ValueError(
-            f"teacher must have the shape of student_logits, got teacher {tuple(teacher.shape)} and "
-            f"student_logits {tuple(student.shape)}{hint}"
+            f"teacher must have the shape of student_logits, got teacher {tuple(shape)} and "
+            f"student_logits {tuple(student.shape)}{_shape_hint(shape, student.shape)}"
         )
     _check_device("teacher", teacher, student)
-    return teacher
+    return teacher, indices
+
+
+def _shape_hint(teacher, student):
+    def moved(shape):
+        return (shape[0], *shape[2:], shape[1])
+
+    if len(teacher) > 2 and moved(teacher) == student:
+        return "; if the teacher's classes are dimension 1, pass teacher.movedim(1, -1)"
+    if len(student) > 2 and moved(student) == teacher:
+        return "; if the student's classes are dimension 1, pass student_logits.movedim(1, -1)"
+    if len(teacher) and teacher[:-1] == student[:-1] and teacher[-1] > student[-1]:
+        return (
+            f"; if the teacher's last classes are padding, or not the student's, pass "
+            f"SoftTargets.from_logits(teacher).select_classes({student[-1]}), or the indices of the student's classes"
+        )
+    return ""
+
+
+def check_teacher_form(teacher, labels, options):
+    """The rules about a teacher's form that depend on the options; the log-partitions that are needed, or None."""
+    if options.alpha == 0:
+        return None
+    divergence, entry = options.divergence, DIVERGENCES[options.divergence]
+    if divergence == "dkd" and labels is None:
+        raise ValueError("labels must be given with divergence='dkd', which tells the label from the other classes")
+    if not isinstance(teacher, SoftTargets):
+        return None
+    if not entry.zeros and teacher.has_zeros():
+        raise ValueError(
+            f"teacher: {divergence} compares logits, and a probability of 0 has none; use forward_kl or jsd"
+        )
+    if teacher.indices is None:
+        return None
+    if teacher.tail not in entry.top_k:
+        forms = " or ".join(f'tail="{tail}"' for tail in entry.top_k)
+        rule = f"takes a top-k teacher with {forms} only" if forms else "takes no top-k teacher"
+        raise ValueError(f'teacher: {divergence} {rule}, got tail="{teacher.tail}"')
+    if teacher.tail == "renormalize":
+        return None
+    partitions = teacher.log_partitions.get(options.temperature)
+    if teacher.indices.shape[-1] == teacher.shape[-1]:
+        return None  # there is no rest, and a rounded one would be infinitely far from the student's
+    if partitions is None:
+        stored = ", ".join(f"{t:g}" for t in teacher.log_partitions) or "none"
+        raise ValueError(
+            f'teacher: tail="bucket" needs the log-partition at temperature {options.temperature:g}; stored: {stored}'
+        )
+    return partitions
 
 
 def _check_labels(labels, student):
@@ -200,9 +260,10 @@ def warn_of_probabilities():
         )
 
 
-def sums_to_one(teacher) -> bool:
-    """Whether the first row is >= 0 and sums to 1. A single class, whose logit may well be 1, tells nothing."""
-    if teacher is None or teacher.numel() == 0 or teacher.shape[-1] == 1:
+def sums_to_one(batch) -> bool:
+    """Whether the teacher's first row is >= 0 and sums to 1. A single class, whose logit may be 1, tells nothing."""
+    teacher = batch.teacher
+    if teacher is None or batch.teacher_indices is not None or teacher.numel() == 0 or teacher.shape[-1] == 1:
         return False
     row = teacher.detach().reshape(-1, teacher.shape[-1])[0]
     return bool((row >= 0).all()) and abs(float(row.sum(dtype=torch.float64)) - 1) <= 1e-3

@@ -90,7 +90,7 @@ class CompiledBackend:
 
     def evaluate(self, batch, gradient=None, grad_output=1.0, metrics=False) -> Outcome:
         """See :func:`pydistill.engine.backend.evaluate`."""
-        student, teacher, labels, sample_weight, class_weight, options = batch
+        student, teacher, labels, sample_weight, class_weight, indices, partitions, options = batch
         rows, classes = student.shape
         per_row = options.reduction == "none"
         loss = soft = hard = None
@@ -109,6 +109,9 @@ class CompiledBackend:
             0 if teacher is None else teacher.data_ptr(),
             0 if teacher is None else _DTYPE[teacher.dtype],
             0 if teacher is None else teacher.stride()[0],
+            0 if indices is None else indices.data_ptr(),
+            0 if indices is None else indices.shape[1],
+            0 if partitions is None else partitions.data_ptr(),
             0 if labels is None else labels.data_ptr(),
             labels is not None and labels.dtype is torch.int32,
             0 if sample_weight is None else sample_weight.data_ptr(),

@@ -11,13 +11,21 @@ from torch import Tensor
 from pydistill.engine import backend
 from pydistill.engine.autograd import flatten
 from pydistill.engine.batch import Batch, Outcome
-from pydistill.engine.checks import check_options, check_reduction, check_tensors, warn_of_probabilities
+from pydistill.engine.checks import (
+    check_options,
+    check_reduction,
+    check_teacher_form,
+    check_tensors,
+    warn_of_probabilities,
+)
 from pydistill.formulas import DIVERGENCES, loss_dtype
+from pydistill.soft_targets import SoftTargets
 
 _ARGUMENTS = (
     "Tensor student, Tensor? teacher, Tensor? labels, Tensor? sample_weight, Tensor? class_weight, "
-    "Tensor temperature, Tensor alpha, Tensor? soft_items, Tensor? hard_items, str divergence, float? beta, "
-    "bool t_squared, int ignore_index, str unlabeled, float label_smoothing, str reduction"
+    "Tensor? teacher_indices, Tensor? log_partitions, Tensor temperature, Tensor alpha, Tensor? soft_items, "
+    "Tensor? hard_items, str divergence, float? beta, bool t_squared, int ignore_index, str unlabeled, "
+    "float label_smoothing, str reduction"
 )
 
 
@@ -45,7 +53,8 @@ def traced_loss(
     if divergence not in DIVERGENCES:
         raise ValueError(f"divergence must be one of {', '.join(DIVERGENCES)}; got {divergence!r}")
     plain_teacher = isinstance(teacher, Tensor)
-    teacher, sample_weight, class_weight = check_tensors(
+    partitions = _partitions(teacher, temperature)
+    teacher, sample_weight, class_weight, indices = check_tensors(
         student, teacher, labels, sample_weight, class_weight, soft=teacher is not None, hard=False
     )
     pair = num_items if isinstance(num_items, tuple | list) else (num_items, num_items)
@@ -56,6 +65,8 @@ def traced_loss(
         labels,
         sample_weight,
         class_weight,
+        indices,
+        partitions,
         _scalar("temperature", temperature, student),
         _scalar("alpha", alpha, student),
         soft_items,
@@ -74,6 +85,22 @@ def traced_loss(
     return Outcome(loss, soft, hard, *shares.unbind(), False)
 
 
+def _partitions(teacher, temperature):
+    """The log-partitions of a top-k teacher with a bucket; which ones must be known when the graph is made."""
+    if not isinstance(teacher, SoftTargets) or teacher.tail != "bucket":
+        return None
+    if isinstance(temperature, Tensor):
+        raise ValueError(
+            'temperature must be a float with tail="bucket" under torch.compile: it chooses a log-partition'
+        )
+    if temperature not in teacher.log_partitions:
+        stored = ", ".join(f"{t:g}" for t in teacher.log_partitions) or "none"
+        raise ValueError(
+            f'teacher: tail="bucket" needs the log-partition at temperature {temperature:g}; stored: {stored}'
+        )
+    return teacher.log_partitions[temperature]
+
+
 def _scalar(name, value, student) -> Tensor:
     if isinstance(value, Tensor):
         if value.requires_grad:
@@ -83,23 +110,30 @@ def _scalar(name, value, student) -> Tensor:
     return torch.ones((), dtype=torch.float64, device=student.device) * value
 
 
-def _batch(student, teacher, labels, sample_weight, class_weight, temperature, alpha, soft_items, hard_items, *rest):
+def _batch(student, teacher, labels, sample_weight, class_weight, indices, partitions, temperature, alpha, *rest):
     """The op's arguments, now that they have values, checked and flattened."""
+    soft_items, hard_items, *rest = rest
     divergence, beta, t_squared, ignore_index, unlabeled, label_smoothing, reduction = rest
     num_items = None if soft_items is None else (soft_items, hard_items)
     options = check_options(
         divergence, beta, temperature, alpha, t_squared, ignore_index, unlabeled, label_smoothing, reduction, num_items
     )
-    teacher, sample_weight, class_weight = check_tensors(
+    targets = teacher
+    if indices is not None:
+        tail = "renormalize" if partitions is None else "bucket"
+        stored = {} if partitions is None else {options.temperature: partitions}
+        targets = SoftTargets(teacher, indices=indices, classes=student.shape[-1], log_partitions=stored, tail=tail)
+    teacher, sample_weight, class_weight, indices = check_tensors(
         student,
-        teacher,
+        targets,
         labels,
         sample_weight,
         class_weight,
         soft=options.alpha > 0,
         hard=options.alpha < 1,
     )
-    return flatten(Batch(student.detach(), teacher, labels, sample_weight, class_weight, options))
+    partitions = check_teacher_form(targets, labels, options)
+    return flatten(Batch(student.detach(), teacher, labels, sample_weight, class_weight, indices, partitions, options))
 
 
 @torch.library.custom_op(
@@ -154,8 +188,8 @@ def _(grad_output, student, *arguments):
 
 
 def _setup_context(ctx, inputs, output):
-    ctx.save_for_backward(*inputs[:9])
-    ctx.choices = inputs[9:-2]
+    ctx.save_for_backward(*inputs[:11])
+    ctx.choices = inputs[11:-2]
 
 
 def _backward(ctx, grad_output, *unused):

@@ -3,7 +3,7 @@
 A row is walked in blocks that stay in L1: block maximum, then exponentials against the running maximum, kept
 in a scratch row; the sums are rescaled when the maximum moves. The gradient is a weighted sum of what waits
 there. forward_kl needs no more; the other divergences look at the row once more, with the two functions of
-formulas.py.
+formulas.py. Top-k teachers, dkd and mse are in numba_apart.py.
 
 float32 and float64 are computed as they are. Rows of a half type, and rows whose teacher has another dtype,
 pass through small buffers of converted rows. A block's sums are in the row's dtype, a row's in float64.
@@ -53,6 +53,7 @@ class _Settings(NamedTuple):
     """What is the same for every row of a batch."""
 
     soft: bool
+    scan_teacher: bool  # the teacher has a value for every class, to be exponentiated
     hard: bool
     write: bool
     keep: bool  # the exponentials of the whole row
@@ -241,6 +242,26 @@ def _times_of_scalars(weight, x):
     return times
 
 
+@overload(formulas.mixture)
+def _mixture_of_scalars(x, weight):
+    """`formulas.mixture` where numba compiles a divergence."""
+
+    def mixture(x, weight):
+        r = x.log_ratio
+        if r > 0:
+            larger = -math.log1p(weight * math.expm1(-r))
+            log_p, log_q = larger - r, larger
+        else:
+            larger = -math.log1p((1 - weight) * math.expm1(r))
+            log_p, log_q = larger, larger + r
+        smaller = x.p if x.p < x.q else x.q
+        if smaller != 0:
+            smaller *= math.exp(larger)
+        return formulas.Mixture(log_p, log_q, smaller)
+
+    return mixture
+
+
 # --- Passes over a block ------------------------------------------------------------------------------------
 
 
@@ -363,7 +384,7 @@ def scan(s, t, settings, scratch):
         at = begin if settings.keep else 0
         e = scratch.student[at : at + end - begin]
         student_max = float(block_maximum(s[begin:end], sums.student_max))
-        teacher_max = float(block_maximum(t[begin:end], sums.teacher_max)) if settings.soft else lowest
+        teacher_max = float(block_maximum(t[begin:end], sums.teacher_max)) if settings.scan_teacher else lowest
         student_block = begin if student_max > sums.student_max else sums.student_block
         teacher_block = begin if teacher_max > sums.teacher_max else sums.teacher_block
         scratch.student_max[block], scratch.teacher_max[block] = student_max, teacher_max
@@ -371,7 +392,7 @@ def scan(s, t, settings, scratch):
 
         e_sum = float(exponentials(s[begin:end], student_max, temperature, e))
         student += e_sum
-        if settings.soft:
+        if settings.scan_teacher:
             f = scratch.teacher[at : at + end - begin]
             teacher += float(exponentials(t[begin:end], teacher_max, temperature, f))
             cross += float(cross_sum(s[begin:end], t[begin:end], student_max, teacher_max, f))
@@ -399,16 +420,19 @@ def shifted_sum(s, maximum, class_weight):
 
 
 @_njit
-def cross_entropy(s, label, sums, class_weight, settings):
-    """torch's value for this row under reduction="none", class weight and label smoothing included."""
-    log_sum = math.log(sums.hard)
+def cross_entropy(s, label, whole, class_weight, settings):
+    """torch's value for this row under reduction="none", class weight and label smoothing included.
+
+    ``whole`` is (maximum, sum of exp(s - maximum)).
+    """
+    log_sum = math.log(whole[1])
     weighted = len(class_weight) > 0
-    nll = sums.student_max - float(s[label]) + log_sum
+    nll = whole[0] - float(s[label]) + log_sum
     if weighted:
         nll *= float(class_weight[label])
     if settings.smoothing == 0:
         return nll
-    shifted = shifted_sum(s, sums.student_max, class_weight)
+    shifted = shifted_sum(s, whole[0], class_weight)
     smooth = (settings.class_weight_sum * log_sum - shifted) / len(s)
     return (1 - settings.smoothing) * nll + settings.smoothing * smooth
 
@@ -423,10 +447,13 @@ def first_at(x, begin, value):
 
 
 @_njit
-def write_gradient(out, label, soft_scale, hard_scale, sums, h_sum, shortcut, class_weight, settings, scratch):
-    """The row's gradient from scratch. With the shortcut h is -p, whose sum is -1: nothing to centre."""
+def write_gradient(out, label, hard_scale, sums, whole, factors, centred, h_sum, class_weight, settings, scratch):
+    """The row's gradient from scratch.
+
+    ``factors`` are those of the student's exponentials and of what waits beside them: the teacher's exponentials, h
+    to be centred here by its sum, or another array.
+    """
     temperature, hard_exp, classes = settings.temperature, settings.hard_exp, len(out)
-    scale = soft_scale * settings.units / temperature
     labelled = settings.hard and label >= 0
     weighted = len(class_weight) > 0
     smoothing = settings.smoothing if labelled else 0.0
@@ -435,24 +462,26 @@ def write_gradient(out, label, soft_scale, hard_scale, sums, h_sum, shortcut, cl
         label_weight = float(class_weight[label]) if weighted else 1.0
     uniform = smoothing / classes
     hard_total = (1 - smoothing) * label_weight + uniform * settings.class_weight_sum
-    by_student = scale / sums.student if settings.soft and shortcut else 0.0
-    by_teacher = -scale / sums.teacher if shortcut else scale
-    by_hard = hard_scale * hard_total / sums.hard if labelled else 0.0
+    by_hard = 0.0
+    if labelled:
+        by_hard = hard_scale * hard_total * math.exp(sums.student_max - whole[0]) / whole[1]
     smooth = hard_scale * uniform
 
     for block in range((classes + _BLOCK - 1) // _BLOCK):
         begin = block * _BLOCK
         end = min(begin + _BLOCK, classes)
         student_drop = float(scratch.student_max[block]) - sums.student_max
-        teacher_drop = float(scratch.teacher_max[block]) - sums.teacher_max if shortcut else 0.0
+        teacher_factor = 1.0
+        if settings.scan_teacher and not centred:
+            teacher_factor = math.exp((float(scratch.teacher_max[block]) - sums.teacher_max) / temperature)
         e_factor = math.exp(student_drop / temperature)
         hard_factor = math.exp(student_drop)
-        by_e = by_student * e_factor
-        if not shortcut:
+        by_e = factors[0] * e_factor
+        if centred:
             h, e = scratch.teacher[begin:end], scratch.student[begin:end]
             centre(h, e, out.dtype.type(e_factor / sums.student), out.dtype.type(h_sum))
         if hard_exp == _SAME:
-            by_e = (by_student + by_hard) * e_factor
+            by_e = (factors[0] + by_hard) * e_factor
         weighted_sum(
             out[begin:end],
             scratch.student[begin:end],
@@ -461,7 +490,7 @@ def write_gradient(out, label, soft_scale, hard_scale, sums, h_sum, shortcut, cl
             hard_exp,
             settings.soft,
             out.dtype.type(by_e),
-            out.dtype.type(by_teacher * math.exp(teacher_drop / temperature)),
+            out.dtype.type(factors[1] * teacher_factor),
             out.dtype.type(by_hard * hard_factor),
             out.dtype.type(0.0 if weighted else -smooth),
         )
@@ -475,21 +504,21 @@ def write_gradient(out, label, soft_scale, hard_scale, sums, h_sum, shortcut, cl
 def _second_pass(divergence):
     """For a divergence without a shortcut: a row's value and sum of h; h replaces the teacher's exponentials.
 
-    Log-probabilities come from the logits: log_q = (s - max) / T - log(sum).
+    log q - log p comes from the logits: as a difference of two logarithms of q and p it would lose digits.
     """
     value_of, h_of = numba.njit(divergence.value), numba.njit(divergence.d_log_q)
 
-    def pointwise(s, t, e, f, by_e, by_f, sums, temperature, beta):
+    def pointwise(s, t, e, f, by_e, by_f, sums, temperature, beta, reference):
         real = s.dtype.type
         ms, mt, inverse = real(sums.student_max), real(sums.teacher_max), real(1 / temperature)
-        log_e, log_f = real(math.log(sums.student)), real(math.log(sums.teacher))
+        shift = real(math.log(sums.student / sums.teacher))
         value = real(0)
         for j in range(len(s)):
-            log_p, log_q = (t[j] - mt) * inverse - log_f, (s[j] - ms) * inverse - log_e
-            value = accumulate(value, real(value_of(Point(f[j] * by_f, e[j] * by_e, log_p, log_q), real(beta))))
+            log_ratio = ((s[j] - ms) - (t[j] - mt)) * inverse - shift
+            value = accumulate(value, real(value_of(Point(f[j] * by_f, e[j] * by_e, log_ratio, reference), real(beta))))
         for j in range(len(s)):
-            log_p, log_q = (t[j] - mt) * inverse - log_f, (s[j] - ms) * inverse - log_e
-            f[j] = h_of(Point(f[j] * by_f, e[j] * by_e, log_p, log_q), real(beta))
+            log_ratio = ((s[j] - ms) - (t[j] - mt)) * inverse - shift
+            f[j] = h_of(Point(f[j] * by_f, e[j] * by_e, log_ratio, reference), real(beta))
         return value, plain_sum(f)
 
     pointwise = _njit(pointwise, on_disk=False)
@@ -497,6 +526,11 @@ def _second_pass(divergence):
     def second_pass(s, t, sums, settings, scratch):
         real, temperature = s.dtype.type, settings.temperature
         value = h_sum = 0.0
+        best = first_at(s, sums.student_block, sums.student_max)
+        reference = 0.0
+        if best < len(s):
+            log_sums = math.log(sums.student / sums.teacher)
+            reference = (sums.teacher_max - float(t[best])) / temperature - log_sums
         for block in range((len(s) + _BLOCK - 1) // _BLOCK):
             begin = block * _BLOCK
             end = min(begin + _BLOCK, len(s))
@@ -512,6 +546,7 @@ def _second_pass(divergence):
                 sums,
                 temperature,
                 settings.beta,
+                real(reference),
             )
             value += float(of_block[0])
             h_sum += float(of_block[1])
@@ -542,33 +577,30 @@ def _row_kernel(name):
                     out[:] = 0
                 continue
             sums = scan(s, t, settings, scratch)
-            value, h_sum = 0.0, -1.0
+            whole = (sums.student_max, sums.hard)
+            scale = plan.soft_scale[row] * settings.units / settings.temperature
+            value, h_sum, factors = 0.0, 0.0, (0.0, 0.0)
             if settings.soft:
-                if second_pass is None:
+                if second_pass is None:  # h is -p, its sum -1
                     value = sums.cross / (sums.teacher * settings.temperature)
                     value += math.log(sums.student) - math.log(sums.teacher)
+                    factors = (scale / sums.student, -scale / sums.teacher)
                 else:
                     value, h_sum = second_pass(s, t, sums, settings, scratch)
+                    factors = (0.0, scale)
             found.soft[row] = settings.units * value
             if settings.hard and label >= 0:
-                found.hard[row] = cross_entropy(s, label, sums, class_weight, settings)
+                found.hard[row] = cross_entropy(s, label, whole, class_weight, settings)
             if settings.metrics and sums.student > 0:  # false for NaN
                 best = first_at(s, sums.student_block, sums.student_max)
                 found.correct[row] = best == label
                 if settings.soft and sums.teacher > 0:
                     found.agree[row] = best == first_at(t, sums.teacher_block, sums.teacher_max)
             if settings.write:
+                hard_scale = plan.hard_scale[row]
+                centred = settings.soft and not shortcut
                 write_gradient(
-                    out,
-                    label,
-                    plan.soft_scale[row],
-                    plan.hard_scale[row],
-                    sums,
-                    h_sum,
-                    shortcut,
-                    class_weight,
-                    settings,
-                    scratch,
+                    out, label, hard_scale, sums, whole, factors, centred, h_sum, class_weight, settings, scratch
                 )
 
     return _njit(run_rows, on_disk=shortcut)
@@ -669,7 +701,8 @@ def _settings(batch, write, metrics):
     """The batch's constants as the kernels take them, and the class weights: none is an empty array."""
     options = batch.options
     soft, hard = batch.teacher is not None, options.alpha < 1
-    temperature = options.temperature if soft else 1.0
+    tempered = soft and options.divergence != "mse"
+    temperature = options.temperature if tempered else 1.0
     if batch.class_weight is None:
         class_weight = np.empty(0, _NUMPY_DTYPE[loss_dtype(batch.student)])
         class_weight_sum = float(batch.student.shape[1])
@@ -678,11 +711,12 @@ def _settings(batch, write, metrics):
         class_weight_sum = float(class_weight.sum(dtype=np.float64))
     settings = _Settings(
         soft=soft,
+        scan_teacher=tempered and batch.teacher_indices is None,
         hard=hard,
         write=write,
-        keep=write or (soft and options.divergence != _SHORTCUT),
+        keep=write or (soft and options.divergence != _SHORTCUT),  # of every form but the shortcut
         metrics=metrics,
-        hard_exp=_how_to_exponentiate(soft, hard, temperature),
+        hard_exp=_how_to_exponentiate(tempered, hard, temperature),
         temperature=temperature,
         units=temperature**2 if options.t_squared else 1.0,
         beta=0.0 if options.beta is None else float(options.beta),
@@ -705,7 +739,12 @@ def _run_range(batch, gradient, begin, end, class_weight, plan, found, settings)
     """One thread's rows: all at once, or in converted chunks where a dtype is not the one computed in."""
     student, teacher = batch.student, batch.teacher if settings.soft else batch.student
     dtype, classes = loss_dtype(student), student.shape[1]
-    run_rows = _row_kernel(batch.options.divergence if settings.soft else _SHORTCUT)
+    if settings.soft and (batch.teacher_indices is not None or batch.options.divergence in ("mse", "dkd")):
+        from pydistill.engine.numba_apart import kernel, teacher_arrays
+
+        run_rows, more = kernel(batch), teacher_arrays
+    else:
+        run_rows, more = _row_kernel(batch.options.divergence if settings.soft else _SHORTCUT), _no_arrays
     scratch = _new_scratch(classes, settings, _NUMPY_DTYPE[dtype])
     step = end - begin
     if student.dtype != dtype or teacher.dtype != dtype:
@@ -718,6 +757,7 @@ def _run_range(batch, gradient, begin, end, class_weight, plan, found, settings)
             out = gradient[rows] if gradient.dtype == dtype else torch.empty_like(s)
         run_rows(
             *map(_flat, (s, t, out)),
+            *more(batch, rows),
             (s.stride(0), t.stride(0), out.stride(0)),
             classes,
             class_weight,
@@ -728,6 +768,10 @@ def _run_range(batch, gradient, begin, end, class_weight, plan, found, settings)
         )
         if settings.write and gradient.dtype != dtype:
             gradient[rows] = out
+
+
+def _no_arrays(batch, rows):
+    return ()
 
 
 def _flat(x):
@@ -769,4 +813,4 @@ def _reduce(batch, plan, found, items, metrics):
         agreement = float(found.agree.sum() / counted.sum())
     if metrics and labelled.any():
         accuracy = float(found.correct.sum() / labelled.sum())
-    return Outcome(loss, soft, hard, agreement, accuracy, float(items[0]), float(items[1]), sums_to_one(batch.teacher))
+    return Outcome(loss, soft, hard, agreement, accuracy, float(items[0]), float(items[1]), sums_to_one(batch))

@@ -11,7 +11,18 @@ import torch
 
 from pydistill.engine.batch import Outcome
 from pydistill.engine.checks import check_rows, sums_to_one
-from pydistill.formulas import DIVERGENCES, Point, combine, counted_rows, denominators, loss_dtype
+from pydistill.formulas import (
+    DIVERGENCES,
+    combine,
+    counted_rows,
+    denominators,
+    log_softened,
+    loss_dtype,
+    outcomes,
+    point,
+    soft_value,
+    times,
+)
 
 _CHUNK_ELEMENTS = 1 << 17  # a megabyte of float64: what a chunk allocates stays in cache
 
@@ -51,10 +62,14 @@ class TorchBackend:
             g = torch.zeros_like(s)
             if soft_on:
                 t = torch.where(counted, batch.teacher[rows].double(), 0)
-                value, h = _soft_term(s, t, options)
+                others = (None if x is None else x[rows] for x in (labels, batch.teacher_indices, batch.log_partitions))
+                value, h = _soft_term(s, t, options, *others)
                 soft[rows] = torch.where(soft_rows[rows], weight[rows] * value, 0)
                 g += torch.where(soft_rows[rows], soft_scale[rows], 0).unsqueeze(-1) * h
-                agree[rows] = (s.argmax(-1) == t.argmax(-1)) & _ordered(s) & _ordered(t)
+                theirs = t.argmax(-1)
+                if batch.teacher_indices is not None:
+                    theirs = batch.teacher_indices[rows].gather(-1, theirs.unsqueeze(-1)).squeeze(-1)
+                agree[rows] = (s.argmax(-1) == theirs) & _ordered(s) & _ordered(t)
             if hard_on:
                 value, h = _hard_term(s, labels[rows], batch.class_weight, options.label_smoothing)
                 hard[rows] = torch.where(labelled_rows[rows], weight[rows] * value, 0)
@@ -76,25 +91,58 @@ class TorchBackend:
         hard = hard if hard_on else torch.full_like(hard, math.nan)
         if options.reduction != "none":
             soft, hard = float(soft), float(hard)
-        return Outcome(loss, soft, hard, agreement, accuracy, soft_items, hard_items, sums_to_one(batch.teacher))
+        return Outcome(loss, soft, hard, agreement, accuracy, soft_items, hard_items, sums_to_one(batch))
 
     def new_gradient(self, student):
         """An uninitialised buffer for the gradient."""
         return torch.empty(student.shape, dtype=student.dtype)
 
 
-def _soft_term(s, t, options):
+def _soft_term(s, t, options, labels, indices, partitions):
     """Value per row with T^2, and its gradient with respect to s."""
-    divergence = DIVERGENCES[options.divergence]
-    log_q = (s / options.temperature).log_softmax(-1)
-    log_p = (t / options.temperature).log_softmax(-1)
-    point = Point(log_p.exp(), log_q.exp(), log_p, log_q)
+    value = soft_value(s, t, labels, options, indices, partitions)
+    if options.divergence == "mse":
+        return value, torch.where(s == t, 0, s - t) * (2 / s.shape[-1])
     units = options.temperature**2 if options.t_squared else 1.0
-    h = divergence.d_log_q(point, options.beta)
+    scale = units / options.temperature
+    if options.divergence == "dkd":
+        return value, scale * _dkd_gradient(s, t, labels, options)
+    divergence = DIVERGENCES[options.divergence]
+    if indices is not None:
+        return value, scale * _topk_gradient(s, t, indices, partitions, options)
+    x = point(log_softened(t, options.temperature), log_softened(s, options.temperature))
+    h = divergence.d_log_q(x, options.beta)
+    return value, scale * (h - x.q * _sum_of(h))
+
+
+def _sum_of(h):
     h_sum = h.sum(-1, keepdim=True)
-    h_sum = torch.where(h_sum.isfinite(), h_sum, math.nan)  # an infinite h: the whole row's gradient is NaN
-    gradient = (h - point.q * h_sum) * (units / options.temperature)
-    return units * divergence.value(point, options.beta).sum(-1), gradient
+    return torch.where(h_sum.isfinite(), h_sum, math.nan)  # an infinite h: the whole row's gradient is NaN
+
+
+def _topk_gradient(s, t, indices, partitions, options):
+    """h of the k classes and of the rest, whose share is spread over its classes as the student spreads it."""
+    log_p, log_q, log_q_all = outcomes(s, t, indices, partitions, options.temperature)
+    x = point(log_p, log_q)
+    h = DIVERGENCES[options.divergence].d_log_q(x, options.beta)
+    h_sum = _sum_of(h)
+    within_rest = torch.where(log_q_all == -math.inf, 0, (log_q_all - log_q[..., -1:]).exp())
+    gradient = times(within_rest, h[..., -1:]) - log_q_all.exp() * h_sum
+    return gradient.scatter(-1, indices, (h - x.q * h_sum)[..., :-1])
+
+
+def _dkd_gradient(s, t, labels, options):
+    """Of the label: q - p. Of the others: the rest of that, and beta times forward_kl's gradient within them."""
+    if s.shape[-1] == 1:
+        return s * 0
+    of_label = torch.nn.functional.one_hot(labels, s.shape[-1]).bool()
+    share, within = [], []
+    for logits in (t, s):
+        share.append(log_softened(logits, options.temperature).exp().gather(-1, labels.unsqueeze(-1)))
+        within.append(log_softened(logits.masked_fill(of_label, -math.inf), options.temperature).exp())
+    (p_label, q_label), (p, q) = share, within
+    rest = (p_label - q_label) * q + options.beta * (q - p)
+    return torch.where(of_label, q_label - p_label, rest)
 
 
 def _hard_term(s, labels, class_weight, smoothing):

@@ -1,0 +1,163 @@
+// Rows in which some classes stand apart: the k classes of a top-k teacher, and the label of dkd.
+//
+// The scan over a row leaves them out, so that the sums, and the maximum they refer to, are those of the rest: taken
+// from a whole row's by subtraction they would be lost where the classes apart hold nearly all of the mass. The
+// classes apart are few, and are computed one by one in double.
+#pragma once
+
+namespace pydistill::PYDISTILL_ISA {
+namespace {
+
+// The classes apart of a row, in the order of their indices.
+template <class T>
+void RowKernel<T>::set_apart(int64_t row, const RowPlan& plan) {
+  const int64_t count = int64_t(apart_.size());
+  for (int64_t k = 0; k < count; ++k) {
+    Apart& a = apart_[size_t(k)];
+    const bool topk = kind_ == Kind::topk;
+    a.index = topk ? batch_.teacher_indices[row * count + k] : plan.label;
+    if (topk) read_block(batch_.teacher.at(row, k), batch_.teacher.dtype, 1, &a.teacher);
+  }
+  std::sort(apart_.begin(), apart_.end(), [](const Apart& a, const Apart& b) { return a.index < b.index; });
+}
+
+// A block for the scan; a class apart gets the lowest number, whose exponential is 0. Its logit goes into `logit` only
+// here, where the block is in cache: looked up before the scan, each is a wait for memory.
+template <class T>
+const T* RowKernel<T>::without_apart(const T* x, int64_t begin, int n, T* buffer, T Apart::* logit) {
+  const auto by_index = [](const Apart& a, int64_t index) { return a.index < index; };
+  auto a = std::lower_bound(apart_.begin(), apart_.end(), begin, by_index);
+  if (a == apart_.end() || a->index >= begin + n) return x;
+  if (x != buffer) std::memcpy(buffer, x, size_t(n) * sizeof(T));
+  for (; a != apart_.end() && a->index < begin + n; ++a)
+    (*a).*logit = std::exchange(buffer[a->index - begin], std::numeric_limits<T>::lowest());
+  return buffer;
+}
+
+// After the scan: what it found is the rest's. The sum for cross-entropy gets the classes apart back.
+template <class T>
+void RowKernel<T>::add_apart(RowState& state) {
+  constexpr T lowest = std::numeric_limits<T>::lowest();
+  if (state.max.student == lowest) state.sums.student = state.sums.hard = 0;  // no rest: of nothing but lowest
+  if (state.max.teacher == lowest) state.sums.teacher = state.sums.cross = 0;
+  state.whole_max = double(state.max.student);
+  for (const Apart& a : apart_) state.whole_max = std::max(state.whole_max, double(a.student));
+  if (!hard_) return;
+  state.whole_sum = state.sums.hard * std::exp(double(state.max.student) - state.whole_max);
+  for (Apart& a : apart_) {
+    a.hard = std::exp(double(a.student) - state.whole_max);
+    state.whole_sum += a.hard;
+  }
+}
+
+// Value and sum of h over the outcomes, whose h goes into h_.
+template <class T>
+template <class D>
+PointSums RowKernel<T>::outcomes(int count) {
+  const T reference = log_ratio_[std::max_element(q_, q_ + count) - q_];
+  double value = 0, h_sum = 0;
+  for (int j = 0; j < count; j += kLanes<T>) {
+    using One = Pack<1, T>;
+    const Point<One> x{One{load(p_ + j)}, One{load(q_ + j)}, One{load(log_ratio_ + j)}, One{set<T>(reference)},
+                       One{set<T>(T(options_.beta))}};
+    const Vec<T> v = D::value(x).v[0], h = D::d_log_q(x).v[0];
+    store(h_ + j, h);
+    for (int i = 0; i < kLanes<T> && j + i < count; ++i) value += double(v[i]), h_sum += double(h[i]);
+  }
+  return {value, h_sum};
+}
+
+// The divergence of the k classes and the rest as one more outcome. Without a log-partition the rest has p = 0: every
+// divergence that is finite there is proportional to q then, so one outcome stands for all of its classes.
+template <class T>
+double RowKernel<T>::topk_term(int64_t row, double scale, RowState& state, Factors& factors) {
+  const int rest = int(apart_.size());
+  double teacher_max = -std::numeric_limits<double>::infinity();
+  for (const Apart& a : apart_) teacher_max = std::max(teacher_max, double(a.teacher));
+  double student_sum = state.sums.student * std::exp((double(state.max.student) - state.whole_max) / temperature_);
+  double teacher_sum = 0;
+  for (int k = 0; k < rest; ++k) {
+    const Apart& a = apart_[size_t(k)];
+    const double e = std::exp((double(a.student) - state.whole_max) / temperature_);
+    const double f = std::exp((double(a.teacher) - teacher_max) / temperature_);
+    q_[k] = T(e), p_[k] = T(f);
+    student_sum += e, teacher_sum += f;
+  }
+  const double log_student_sum = std::log(student_sum), log_teacher_sum = std::log(teacher_sum);
+  state.student_ordered = student_sum > 0, state.teacher_ordered = teacher_sum > 0;
+  double log_partition = log_teacher_sum, rest_mass = 0;  // of the teacher's logits less their maximum
+  if (batch_.log_partitions) {
+    log_partition = batch_.log_partitions[row] - teacher_max / temperature_;
+    rest_mass = std::max(0.0, -std::expm1(log_teacher_sum - log_partition));
+    if (std::isnan(log_partition)) rest_mass = log_partition;
+  }
+  const double by_student = 1 / student_sum, by_teacher = std::exp(-log_partition);
+  for (int k = 0; k < rest; ++k) {
+    const Apart& a = apart_[size_t(k)];
+    const double log_q = (double(a.student) - state.whole_max) / temperature_ - log_student_sum;
+    const double log_p = (double(a.teacher) - teacher_max) / temperature_ - log_partition;
+    q_[k] = T(double(q_[k]) * by_student), p_[k] = T(double(p_[k]) * by_teacher), log_ratio_[k] = T(log_q - log_p);
+  }
+  const double log_q_rest = (double(state.max.student) - state.whole_max) / temperature_ +
+                            std::log(state.sums.student) - log_student_sum;
+  p_[rest] = T(rest_mass), q_[rest] = T(std::exp(log_q_rest));
+  log_ratio_[rest] = T(log_q_rest - std::log(rest_mass));
+  for (int k = rest + 1; k % kLanes<T> != 0; ++k) p_[k] = q_[k] = log_ratio_[k] = 0;
+
+  PointSums points;
+  switch (options_.divergence) {
+#define DIVERGENCE(name, type)          \
+  case Divergence::name:                \
+    points = outcomes<type>(rest + 1);  \
+    break;
+#include "divergences.def"
+#undef DIVERGENCE
+    case Divergence::mse:
+    case Divergence::dkd:
+      break;  // refused by Python
+  }
+  if (!std::isfinite(points.h)) points.h = std::numeric_limits<double>::quiet_NaN();
+  for (int k = 0; k < rest; ++k)
+    apart_[size_t(k)].gradient = scale * (double(h_[k]) - double(q_[k]) * points.h);
+  if (state.sums.student != 0)
+    factors.student = scale * (double(h_[rest]) - std::exp(log_q_rest) * points.h) / state.sums.student;
+  return points.value;
+}
+
+// log(sigmoid(x)).
+inline double log_sigmoid(double x) { return std::min(x, 0.0) - std::log1p(std::exp(-std::abs(x))); }
+
+// KL of (label, rest), and beta times the KL within the rest. The log-odds of the label say all about the first.
+template <class T>
+double RowKernel<T>::dkd_term(double scale, RowState& state, Factors& factors) {
+  const Sums& sums = state.sums;
+  Apart& label = apart_.front();
+  constexpr double infinity = std::numeric_limits<double>::infinity();
+  const auto log_odds = [&](T logit, T max, double sum) {
+    if (double(logit) == infinity) return std::numeric_limits<double>::quiet_NaN();
+    if (sum == 0) return std::isfinite(logit) ? infinity : std::numeric_limits<double>::quiet_NaN();
+    return (double(logit) - double(max)) / temperature_ - std::log(sum);
+  };
+  const double student = log_odds(label.student, state.max.student, sums.student);
+  const double teacher = log_odds(label.teacher, state.max.teacher, sums.teacher);
+  const double q = 1 / (1 + std::exp(-student)), p = 1 / (1 + std::exp(-teacher));
+  const double p_rest = 1 / (1 + std::exp(teacher));
+  const auto term = [](double weight, double x) { return weight == 0 ? 0 : weight * x; };
+  double value = term(p, log_sigmoid(teacher) - log_sigmoid(student)) +
+                 term(p_rest, log_sigmoid(-teacher) - log_sigmoid(-student));
+  state.student_ordered = !std::isnan(student);
+  state.teacher_ordered = !std::isnan(teacher);
+  if (sums.teacher != 0) {
+    const double within = sums.student == 0
+                              ? infinity
+                              : sums.cross / (sums.teacher * temperature_) + std::log(sums.student / sums.teacher);
+    value += term(options_.beta, within);
+    factors.third = -scale * options_.beta / sums.teacher;
+  }
+  if (sums.student != 0) factors.student = scale * (p - q + options_.beta) / sums.student;
+  label.gradient = scale * (q - p);
+  return value;
+}
+
+}  // namespace
+}  // namespace pydistill::PYDISTILL_ISA

@@ -1,0 +1,252 @@
+"""Top-k teachers: values, gradients, the rest, what is refused; and the vocabulary that does not fit."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import KINDS
+from reference import topk_divergence
+
+import pydistill
+from pydistill import SoftTargets
+from pydistill.formulas import DIVERGENCES
+
+FORMS = [(name, tail) for name, entry in DIVERGENCES.items() for tail in entry.top_k]
+every_form = pytest.mark.parametrize(("divergence", "tail"), FORMS)
+
+
+def batch(n, c, dtype=torch.float32):
+    student, teacher = (3 * torch.randn(2, n, c)).to(dtype)
+    return student, teacher, torch.randint(c, (n,))
+
+
+def computed(student, *args, **options):
+    leaf = student.clone().requires_grad_()
+    loss = pydistill.distillation_loss(leaf, *args, **options)
+    loss.sum().backward()
+    return loss.detach(), leaf.grad
+
+
+def wanted(student, targets, labels, divergence, temperature, alpha, weight=None):
+    leaf = student.double().requires_grad_()
+    partition = targets.log_partitions[temperature] if targets.tail == "bucket" else None
+    soft = topk_divergence(divergence, leaf, targets.logits, targets.indices, temperature, partition=partition)
+    weight = torch.ones(len(student)).double() if weight is None else weight.double()
+    soft = (weight * soft).sum() / weight.sum() * temperature**2
+    hard = (weight * F.cross_entropy(leaf, labels, reduction="none")).sum() / weight.sum()
+    loss = alpha * soft + (1 - alpha) * hard
+    loss.backward()
+    return loss.detach(), leaf.grad
+
+
+@every_form
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_definition(variant, divergence, tail, dtype):
+    tolerance = {torch.float64: 1e-12, torch.float32: 3e-6, torch.bfloat16: 6e-3, torch.float16: 8e-4}[dtype]
+    for n, c, k, temperature, alpha in ((3, 7, 1, 1.0, 0.7), (4, 40, 8, 2.5, 1.0), (2, 1300, 64, 4.0, 0.6)):
+        student, teacher, labels = batch(n, c, dtype)
+        targets = pydistill.top_k(teacher, k, temperatures=(temperature,), tail=tail)
+        weight = torch.rand(n) + 0.5
+        options = {"divergence": divergence, "temperature": temperature, "alpha": alpha}
+        loss, gradient = computed(student, targets, labels, sample_weight=weight, **options)
+        want, exact = wanted(student, targets, labels, weight=weight, **options)
+        assert abs(float(loss) - float(want)) <= min(tolerance, 3e-6) * (abs(float(want)) + temperature**2)
+        assert float((gradient.double() - exact).norm()) <= tolerance * float(exact.norm()) + 1e-6 * (
+            dtype.itemsize == 2
+        )
+
+
+@every_form
+def test_all_classes_are_the_dense_teacher(variant, divergence, tail):
+    student, teacher, labels = batch(4, 11)
+    targets = pydistill.top_k(teacher, 11, temperatures=(2.0,), tail=tail)
+    options = {"divergence": divergence, "temperature": 2.0, "alpha": 0.7, "label_smoothing": 0.1}
+    options["class_weight"] = torch.rand(11) + 0.5
+    for got, want in zip(
+        computed(student, targets, labels, **options), computed(student, teacher, labels, **options), strict=True
+    ):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+
+
+def test_order_and_type_of_indices_do_not_matter(variant):
+    student, teacher, labels = batch(5, 30)
+    targets = pydistill.top_k(teacher, 6)
+    order = torch.randperm(6)
+    shuffled = SoftTargets.from_topk(targets.indices[:, order].int(), targets.logits[:, order], 30)
+    for a, b in zip(computed(student, targets, labels), computed(student, shuffled, labels), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+
+
+def test_three_dimensions_strides_and_metrics(variant):
+    student, teacher, labels = batch(6, 20)
+    targets = pydistill.top_k(teacher, 4, temperatures=(2.0,), tail="bucket")
+    options = {"temperature": 2.0, "alpha": 0.7, "return_metrics": True}
+    loss, metrics = pydistill.distillation_loss(student, targets, labels, **options)
+    cube = SoftTargets.from_topk(
+        targets.indices.view(2, 3, 4),
+        targets.logits.view(2, 3, 4),
+        20,
+        log_partitions={2.0: targets.log_partitions[2.0].view(2, 3)},
+        tail="bucket",
+    )
+    strided = student.view(2, 3, 20).transpose(1, 2).contiguous().transpose(1, 2)
+    same, others = pydistill.distillation_loss(strided, cube, labels.view(2, 3), **options)
+    torch.testing.assert_close(same, loss)
+    assert others.agreement == metrics.agreement
+    assert float(metrics.agreement) == pytest.approx((student.argmax(-1) == teacher.argmax(-1)).float().mean().item())
+    assert float(metrics.accuracy) == pytest.approx((student.argmax(-1) == labels).float().mean().item())
+
+
+def test_ignored_rows_hold_anything(variant):
+    student, teacher, labels = batch(3, 20)
+    targets = pydistill.top_k(teacher, 4, temperatures=(1.0,), tail="bucket")
+    want, exact = computed(student[:2], targets[:2], labels[:2])
+    labels[2] = -100
+    student[2] = math.nan
+    targets.logits[2], targets.log_partitions[1.0][2] = math.nan, math.nan
+    loss, gradient = computed(student, targets, labels)
+    torch.testing.assert_close(loss, want)
+    torch.testing.assert_close(gradient[:2], exact)
+    assert (gradient[2] == 0).all()
+
+
+def test_a_peaked_row_keeps_its_rest(variant):
+    """The student's rest is 1e-9 of its mass: 1 - sum would be 0, and the loss infinite."""
+    student, teacher, _ = batch(2, 16, torch.float64)
+    student[:, 3] = 25
+    teacher[:, 3] = 12
+    targets = pydistill.top_k(teacher, 2, tail="bucket")
+    got = computed(student.float(), targets, alpha=1.0)
+    want = computed(student, targets, alpha=1.0)
+    torch.testing.assert_close(got[0].double(), want[0], rtol=1e-5, atol=0)
+    far = student.float()
+    far[:, 3] = 1e4
+    loss, gradient = computed(far, targets, alpha=1.0)
+    assert loss.isfinite()
+    assert gradient.isfinite().all()
+    assert loss > 10
+
+
+def test_no_dense_teacher(variant):
+    """The same as the dense teacher with -inf elsewhere, which it never makes."""
+    student, teacher, labels = batch(4, 50)
+    targets = pydistill.top_k(teacher, 5)
+    dense = torch.full_like(teacher, -math.inf).scatter(-1, targets.indices, targets.logits)
+    for divergence in ("forward_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "total_variation"):
+        options = {"divergence": divergence, "temperature": 3.0, "alpha": 0.7}
+        got, want = computed(student, targets, labels, **options), computed(student, dense, labels, **options)
+        torch.testing.assert_close(got[0], want[0], rtol=2e-6, atol=2e-6)
+        torch.testing.assert_close(got[1], want[1], rtol=1e-4, atol=1e-6)
+
+
+@every_form
+def test_second_order(divergence, tail):
+    student, teacher, labels = batch(2, 6, torch.float64)
+    targets = pydistill.top_k(teacher, 3, temperatures=(2.0,), tail=tail)
+    options = {"divergence": divergence, "temperature": 2.0, "alpha": 0.7}
+    assert torch.autograd.gradcheck(
+        lambda s: pydistill.distillation_loss(s, targets, labels, **options), student.requires_grad_()
+    )
+    assert torch.autograd.gradgradcheck(
+        lambda s: pydistill.distillation_loss(s, targets, labels, **options), student.requires_grad_()
+    )
+
+
+@pytest.mark.parametrize("tail", ["renormalize", "bucket"])
+def test_under_compile_in_place_and_inference_mode(tail):
+    student, teacher, labels = batch(6, 40)
+    targets = pydistill.top_k(teacher, 4, temperatures=(2.0,), tail=tail)
+    want = computed(student, targets, labels, temperature=2.0)
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def compiled(student, labels):
+        return pydistill.distillation_loss(student, targets, labels, temperature=2.0)
+
+    leaf = student.clone().requires_grad_()
+    loss = compiled(leaf, labels)
+    loss.backward()
+    torch.testing.assert_close((loss.detach(), leaf.grad), want)
+
+    leaf = student.clone().requires_grad_()
+    pydistill.distillation_loss(leaf * 1, targets, labels, temperature=2.0, inplace=True).backward()
+    torch.testing.assert_close(leaf.grad, want[1])
+
+    with torch.inference_mode():
+        targets = pydistill.top_k(teacher.clone(), 4, temperatures=(2.0,), tail=tail)
+    torch.testing.assert_close(computed(student, targets, labels, temperature=2.0), want)
+
+
+class TestRefused:
+    """Errors say which rule was broken, by what."""
+
+    @pytest.mark.parametrize(
+        ("indices", "message"),
+        [
+            ([[0, 0]], "not repeat within a row; row 0"),
+            ([[0, 5]], r"be in \[0, 5\); row 0"),
+            ([[-1, 2]], "row 0 holds"),
+        ],
+    )
+    def test_indices(self, indices, message):
+        with pytest.raises(ValueError, match=message):
+            SoftTargets.from_topk(torch.tensor(indices), torch.zeros(1, 2), 5)
+
+    def test_types_and_shapes(self):
+        with pytest.raises(TypeError, match="indices must be int64 or int32"):
+            SoftTargets.from_topk(torch.zeros(1, 2), torch.zeros(1, 2), 5)
+        with pytest.raises(ValueError, match="one shape"):
+            SoftTargets.from_topk(torch.zeros(1, 3, dtype=torch.long), torch.zeros(1, 2), 5)
+        with pytest.raises(ValueError, match="tail must be"):
+            SoftTargets.from_topk(torch.tensor([[0, 1]]), torch.zeros(1, 2), 5, tail="drop")
+        with pytest.raises(ValueError, match="of 1 that there are"):
+            SoftTargets.from_topk(torch.tensor([[0, 1]]), torch.zeros(1, 2), 1)
+        with pytest.raises(ValueError, match="log_partitions must have the shape"):
+            SoftTargets.from_topk(torch.tensor([[0, 1]]), torch.zeros(1, 2), 5, log_partitions={1.0: torch.zeros(2)})
+        with pytest.raises(ValueError, match="k must be a whole number"):
+            pydistill.top_k(torch.zeros(2, 5), 6)
+
+    @pytest.mark.parametrize("divergence", ["reverse_kl", "mse", "dkd"])
+    def test_divergences_that_have_no_value(self, divergence):
+        student, teacher, labels = batch(2, 10)
+        with pytest.raises(ValueError, match=f"{divergence} takes"):
+            pydistill.distillation_loss(student, pydistill.top_k(teacher, 3), labels, divergence=divergence)
+
+    def test_missing_log_partition(self):
+        student, teacher, labels = batch(2, 10)
+        targets = pydistill.top_k(teacher, 3, temperatures=(1.0, 4.0), tail="bucket")
+        with pytest.raises(ValueError, match="at temperature 2; stored: 1, 4"):
+            pydistill.distillation_loss(student, targets, labels, temperature=2.0)
+
+    def test_another_number_of_classes(self):
+        student, teacher, labels = batch(2, 10)
+        with pytest.raises(ValueError, match="teacher must have the shape"):
+            pydistill.distillation_loss(student[:, :9], pydistill.top_k(teacher, 3), labels)
+
+
+class TestVocabulary:
+    """A teacher with more classes than the student."""
+
+    def test_the_error_says_what_to_do(self):
+        with pytest.raises(ValueError, match=r"select_classes\(8\)"):
+            pydistill.distillation_loss(torch.zeros(2, 8), torch.zeros(2, 10), alpha=1.0)
+
+    @pytest.mark.parametrize("divergence", KINDS)
+    def test_select_is_the_conditional_distribution(self, divergence):
+        student, teacher, _ = batch(3, 10)
+        order = torch.tensor([4, 1, 9])
+        options = {"divergence": divergence, "temperature": 2.0, "alpha": 1.0}
+        for classes, kept in ((6, torch.arange(6)), (order, order)):
+            selected = SoftTargets.from_logits(teacher).select_classes(classes)
+            probs = (teacher / 2).softmax(-1)[:, kept]
+            probs = probs / probs.sum(-1, keepdim=True)
+            want = pydistill.distillation_loss(student[:, : probs.shape[-1]], probs.log() * 2, **options)
+            got = pydistill.distillation_loss(student[:, : probs.shape[-1]], selected, **options)
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
+
+    def test_refused(self):
+        targets = SoftTargets.from_logits(torch.zeros(2, 10))
+        with pytest.raises(ValueError, match=r"in \[1, 10\]"):
+            targets.select_classes(11)
+        with pytest.raises(ValueError, match="select first"):
+            pydistill.top_k(torch.zeros(2, 10), 2).select_classes(5)

@@ -1,8 +1,8 @@
 // Rows in which some classes stand apart: the k classes of a top-k teacher, and the label of dkd.
 //
-// The scan over a row leaves them out, so that the sums, and the maximum they refer to, are those of the rest: taken
-// from a whole row's by subtraction they would be lost where the classes apart hold nearly all of the mass. The
-// classes apart are few, and are computed one by one in double.
+// The scan over a row leaves them out, so that the sums, and the maximum they refer to, are those of the rest:
+// taken from a whole row's by subtraction they would be lost where the classes apart hold nearly all of the mass.
+// The classes apart are few, and are computed one by one in double.
 #pragma once
 
 namespace pydistill::PYDISTILL_ISA {
@@ -21,8 +21,8 @@ void RowKernel<T>::set_apart(int64_t row, const RowPlan& plan) {
   std::sort(apart_.begin(), apart_.end(), [](const Apart& a, const Apart& b) { return a.index < b.index; });
 }
 
-// A block for the scan; a class apart gets the lowest number, whose exponential is 0. Its logit goes into `logit` only
-// here, where the block is in cache: looked up before the scan, each is a wait for memory.
+// A block for the scan; a class apart gets the lowest number, whose exponential is 0. Its logit goes into `logit`
+// only here, where the block is in cache: looked up before the scan, each is a wait for memory.
 template <class T>
 const T* RowKernel<T>::without_apart(const T* x, int64_t begin, int n, T* buffer, T Apart::* logit) {
   const auto by_index = [](const Apart& a, int64_t index) { return a.index < index; };
@@ -67,8 +67,8 @@ PointSums RowKernel<T>::outcomes(int count) {
   return {value, h_sum};
 }
 
-// The divergence of the k classes and the rest as one more outcome. Without a log-partition the rest has p = 0: every
-// divergence that is finite there is proportional to q then, so one outcome stands for all of its classes.
+// The divergence of the k classes and the rest as one more outcome. Without a log-partition the rest has p = 0:
+// every divergence that is finite there is proportional to q then, so one outcome stands for all of its classes.
 template <class T>
 double RowKernel<T>::topk_term(int64_t row, double scale, RowState& state, Factors& factors) {
   const int rest = int(apart_.size());
@@ -106,9 +106,9 @@ double RowKernel<T>::topk_term(int64_t row, double scale, RowState& state, Facto
 
   PointSums points;
   switch (options_.divergence) {
-#define DIVERGENCE(name, type)          \
-  case Divergence::name:                \
-    points = outcomes<type>(rest + 1);  \
+#define DIVERGENCE(name, type)         \
+  case Divergence::name:               \
+    points = outcomes<type>(rest + 1); \
     break;
 #include "divergences.def"
 #undef DIVERGENCE
@@ -117,8 +117,7 @@ double RowKernel<T>::topk_term(int64_t row, double scale, RowState& state, Facto
       break;  // refused by Python
   }
   if (!std::isfinite(points.h)) points.h = std::numeric_limits<double>::quiet_NaN();
-  for (int k = 0; k < rest; ++k)
-    apart_[size_t(k)].gradient = scale * (double(h_[k]) - double(q_[k]) * points.h);
+  for (int k = 0; k < rest; ++k) apart_[size_t(k)].gradient = scale * (double(h_[k]) - double(q_[k]) * points.h);
   if (state.sums.student != 0)
     factors.student = scale * (double(h_[rest]) - std::exp(log_q_rest) * points.h) / state.sums.student;
   return points.value;
@@ -147,14 +146,16 @@ double RowKernel<T>::dkd_term(double scale, RowState& state, Factors& factors) {
                  term(p_rest, log_sigmoid(-teacher) - log_sigmoid(-student));
   state.student_ordered = !std::isnan(student);
   state.teacher_ordered = !std::isnan(teacher);
+  double beta = 0;  // without mass among the others there is nothing to compare
   if (sums.teacher != 0) {
+    beta = options_.beta;
     const double within = sums.student == 0
                               ? infinity
                               : sums.cross / (sums.teacher * temperature_) + std::log(sums.student / sums.teacher);
-    value += term(options_.beta, within);
-    factors.third = -scale * options_.beta / sums.teacher;
+    value += term(beta, within);
+    factors.third = -scale * beta / sums.teacher;
   }
-  if (sums.student != 0) factors.student = scale * (p - q + options_.beta) / sums.student;
+  if (sums.student != 0) factors.student = scale * (p - q + beta) / sums.student;
   label.gradient = scale * (q - p);
   return value;
 }

@@ -52,10 +52,10 @@ const IsaVariant& isa_named(const std::string& name) {
 py::tuple run(const IsaVariant& isa, int threads, const LossOptions& options, int64_t rows, int64_t classes,
               uintptr_t student, int student_dtype, int64_t student_stride, uintptr_t teacher, int teacher_dtype,
               int64_t teacher_stride, uintptr_t teacher_indices, int64_t teacher_classes, uintptr_t log_partitions,
-              uintptr_t labels, bool labels_are_int32, uintptr_t sample_weight,
-              uintptr_t class_weight, int reduction, double soft_items, double hard_items, double grad_output,
-              uintptr_t row_grad_output, uintptr_t gradient, int64_t gradient_stride, uintptr_t row_loss,
-              uintptr_t row_soft, uintptr_t row_hard, bool want_argmax) {
+              uintptr_t labels, bool labels_are_int32, uintptr_t sample_weight, uintptr_t class_weight,
+              int reduction, double soft_items, double hard_items, double grad_output, uintptr_t row_grad_output,
+              uintptr_t gradient, int64_t gradient_stride, uintptr_t row_loss, uintptr_t row_soft,
+              uintptr_t row_hard, bool want_argmax) {
   RowBatch batch;
   batch.rows = rows, batch.classes = classes;
   batch.student = {address(student), DType(student_dtype), student_stride};

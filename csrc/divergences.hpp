@@ -26,12 +26,12 @@ struct Mixture {
 
   Mixture(const Point<P>& x, const P& weight) {
     const P one = constant(1, x.p), zero = constant(0, x.p);
-    const P smaller = -max(-x.p, -x.q);
-    const P m = fma(where_positive(x.log_ratio, weight, one - weight), smaller / max(x.p, x.q) - one, one);  // over it
+    const P larger = max(x.p, x.q), q = x.q / larger, smaller = where_positive(x.log_ratio, x.p / larger, q);
+    const P m = fma(where_positive(x.log_ratio, weight, one - weight), smaller - one, one);  // over the larger
     const P larger_over_m = -log(m);
     log_p_over_m = larger_over_m - max(zero, x.log_ratio);
     log_q_over_m = larger_over_m - max(zero, -x.log_ratio);
-    overlap = times(smaller, one / m);
+    overlap = times(x.p, q / m);
   }
 };
 
@@ -41,8 +41,8 @@ struct ForwardKl {
   static auto d_log_q(const auto& x) { return -x.p; }
 };
 
-// sum q (log q - log p). +inf, with a NaN gradient, where p is 0 and q is not. Without the reference h would be large
-// where student and teacher disagree, and its sum would cancel: 2.8 times the bound on the error at T = 0.5.
+// sum q (log q - log p). +inf, with a NaN gradient, where p is 0 and q is not. Without the reference h would be
+// large where student and teacher disagree, and its sum would cancel: 2.8 times the bound on the error at T = 0.5.
 struct ReverseKl {
   static auto value(const auto& x) { return times(x.q, x.log_ratio); }
   static auto d_log_q(const auto& x) { return times(x.q, x.log_ratio - x.reference); }
@@ -64,9 +64,7 @@ struct SkewForwardKl {
 
 // KL(q, (1 - beta) p + beta q).
 struct SkewReverseKl {
-  static auto value(const auto& x) {
-    return times(x.q, Mixture(x, constant(1, x.q) - x.beta).log_q_over_m);
-  }
+  static auto value(const auto& x) { return times(x.q, Mixture(x, constant(1, x.q) - x.beta).log_q_over_m); }
   static auto d_log_q(const auto& x) {
     const auto rest = constant(1, x.q) - x.beta;
     return value(x) + rest * Mixture(x, rest).overlap;

@@ -45,8 +45,8 @@ class RowKernel {
   struct RowState {
     Sums sums;
     Running max;
-    int64_t student_block = 0, teacher_block = 0;  // where the maxima are
-    double whole_max = 0, whole_sum = 0;           // of exp(s - whole_max), over all classes
+    int64_t student_block = 0, teacher_block = 0;           // where the maxima are
+    double whole_max = 0, whole_sum = 0;                    // of exp(s - whole_max), over all classes
     bool student_ordered = false, teacher_ordered = false;  // whether there is a maximum: no NaN, not all -inf
   };
   // What the gradient has of what waits in scratch: of exp((s - max) / T), of the third array, of exp(s - max).
@@ -100,7 +100,7 @@ class RowKernel {
   Scratch<T> scratch_;
   T *student_block_, *teacher_block_, *out_block_;
   Running* block_max_;
-  std::vector<Apart> apart_;          // of the row at hand, by index
+  std::vector<Apart> apart_;     // of the row at hand, by index
   T *p_, *q_, *log_ratio_, *h_;  // of the classes apart, and of the rest as one more outcome
 };
 
@@ -139,7 +139,7 @@ RowKernel<T>::RowKernel(const RowBatch& batch, bool past_cache)
   keep_ = write_ || kind_ == Kind::pointwise;
   // Rows end in whole pairs of vectors; a small row is a small allocation, which a small batch notices.
   const int64_t blocks = (batch.classes + block - 1) / block;
-  const int64_t padded = (batch.classes + 2 * kLanes<T> - 1) / (2 * kLanes<T>) * (2 * kLanes<T>);
+  const int64_t padded = (batch.classes + 2 * kLanes<T> - 1) / (2 * kLanes<T>)*(2 * kLanes<T>);
   const int64_t row = keep_ ? padded : 0, one_block = std::min<int64_t>(block, padded);
   const int64_t apart = kind_ == Kind::topk ? batch.teacher_classes : kind_ == Kind::dkd ? 1 : 0;
   const int64_t outcomes = (apart + 2 * kLanes<T>) / kLanes<T> * kLanes<T>;  // the rest too, in whole vectors
@@ -211,7 +211,8 @@ typename RowKernel<T>::RowState RowKernel<T>::scan(int64_t row) {
       s = without_apart(s, begin, n, student_block_, &Apart::student);
       if (t) t = without_apart(t, begin, n, teacher_block_, &Apart::teacher);
     }
-    Running max{block_maximum(s, n, state.max.student), t ? block_maximum(t, n, state.max.teacher) : state.max.teacher};
+    Running max{block_maximum(s, n, state.max.student),
+                t ? block_maximum(t, n, state.max.teacher) : state.max.teacher};
     if (max.student > state.max.student) state.student_block = begin;
     if (max.teacher > state.max.teacher) state.teacher_block = begin;
     if (b == 0) state.max = max;
@@ -250,8 +251,12 @@ typename RowKernel<T>::RowState RowKernel<T>::scan(int64_t row) {
 
 template <class T>
 PointSums RowKernel<T>::second_pass(int64_t row, const RowState& state) {
-  Normaliser<T> z{state.max.student, state.max.teacher, T(1 / temperature_),
-                  T(std::log(state.sums.student / state.sums.teacher)), 0, T(options_.beta)};
+  Normaliser<T> z{state.max.student,
+                  state.max.teacher,
+                  T(1 / temperature_),
+                  T(std::log(state.sums.student / state.sums.teacher)),
+                  0,
+                  T(options_.beta)};
   const int64_t best = argmax(batch_.student, row, state.student_block, state.max.student);
   T at_best = 0;
   if (best < batch_.classes) read_block(batch_.teacher.at(row, best), batch_.teacher.dtype, 1, &at_best);
@@ -341,7 +346,8 @@ void RowKernel<T>::write(int64_t row, const RowPlan& plan, const RowState& state
 
   const double to_softmax = std::exp(double(state.max.student) - state.whole_max) / state.whole_sum;
   factors.hard = hard ? plan.hard_scale * hard_total * to_softmax : 0;
-  // Centred in scratch, before any factor: where q is near 1 the two parts cancel, and in float32 only there exactly.
+  // Centred in scratch, before any factor: where q is near 1 the two parts cancel, and in float32 only there
+  // exactly.
   const bool centred = kind_ == Kind::pointwise;
   auto apart = apart_.cbegin();
 
@@ -352,12 +358,9 @@ void RowKernel<T>::write(int64_t row, const RowPlan& plan, const RowState& state
     const double fs = student_drop == 0 ? 1 : std::exp2(student_drop / temperature_);
     const double ft = centred || teacher_drop == 0 ? 1 : std::exp2(teacher_drop / temperature_);
     const double fh = student_drop == 0 ? 1 : std::exp2(student_drop);
-    Coefficients<T> by{T(factors.student * fs),
-                       T(factors.third * (third_ && scan_teacher_ ? ft : 1)),
-                       T(factors.hard * fh),
-                       T(weighted_smoothing ? 0 : -plan.hard_scale * uniform),
-                       T(plan.hard_scale * uniform),
-                       weighted_smoothing ? class_weight_ + begin : nullptr};
+    Coefficients<T> by{T(factors.student * fs),      T(factors.third * (third_ && scan_teacher_ ? ft : 1)),
+                       T(factors.hard * fh),         T(weighted_smoothing ? 0 : -plan.hard_scale * uniform),
+                       T(plan.hard_scale * uniform), weighted_smoothing ? class_weight_ + begin : nullptr};
     if (hard_exp_ == HardExp::same) by.student = T((factors.student + factors.hard) * fs);
 
     if (centred) centre(scratch_at(begin), n, T(fs / state.sums.student), T(h_sum));
@@ -464,8 +467,8 @@ RowOutcome RowKernel<T>::run(int64_t row, const RowPlan& plan) {
     case Kind::topk:
     case Kind::dkd:
       add_apart(state);
-      outcome.soft = units * (kind_ == Kind::topk ? topk_term(row, scale, state, factors)
-                                                  : dkd_term(scale, state, factors));
+      outcome.soft =
+          units * (kind_ == Kind::topk ? topk_term(row, scale, state, factors) : dkd_term(scale, state, factors));
       break;
   }
   if (hard_ && plan.label >= 0) outcome.hard = cross_entropy(row, plan, state);

@@ -84,7 +84,8 @@ inline Sums exponentials(const T* s, const T* t, int n, T student_max, T teacher
                          const char* ahead_t, int64_t step_t) {
   const Vec<T> ms = set<T>(student_max), mt = set<T>(teacher_max), soft_c = soft.c, soft_lowest = soft.lowest;
   constexpr int at_once = kSoft ? 2 : 4;  // four chains of dependent instructions in either case
-  Vec<T> student[at_once], hard_sum[at_once], teacher[2] = {set<T>(0), set<T>(0)}, cross[2] = {set<T>(0), set<T>(0)};
+  Vec<T> student[at_once], hard_sum[at_once], teacher[2] = {set<T>(0), set<T>(0)},
+                                              cross[2] = {set<T>(0), set<T>(0)};
   for (int i = 0; i < at_once; ++i) student[i] = hard_sum[i] = set<T>(0);
   for_each<T, at_once>(n, 0, [&](int j, int k, auto width) {
     constexpr int w = width, lanes = kLanes<T>;
@@ -126,7 +127,8 @@ inline Sums exponentials(const T* s, const T* t, int n, T student_max, T teacher
     }
   });
   for (int i = at_once / 2; i > 0; i /= 2)
-    for (int k = 0; k < i; ++k) student[k] = student[k] + student[k + i], hard_sum[k] = hard_sum[k] + hard_sum[k + i];
+    for (int k = 0; k < i; ++k)
+      student[k] = student[k] + student[k + i], hard_sum[k] = hard_sum[k] + hard_sum[k + i];
   Sums r{sum(student[0]), sum(teacher[0] + teacher[1]), sum(cross[0] + cross[1]), sum(hard_sum[0])};
   if constexpr (H == HardExp::same) r.hard = r.student;
   return r;
@@ -144,10 +146,11 @@ struct Normaliser {
   T reference;  // log q - log p at the student's maximum
   T beta;
 };
-// Flat: with a call left inside, value and h do not share what they have in common, and the pass takes thrice as long.
+// Flat: with a call left inside, value and h do not share what they have in common, and the pass takes thrice as
+// long.
 template <class D, class T>
-[[gnu::flatten]] inline PointSums pointwise(const T* s, const T* t, int n, const Normaliser<T>& z, T student_factor,
-                           T teacher_factor, const Scratch<T>& scratch) {
+[[gnu::flatten]] inline PointSums pointwise(const T* s, const T* t, int n, const Normaliser<T>& z,
+                                            T student_factor, T teacher_factor, const Scratch<T>& scratch) {
   const Vec<T> student_max = set<T>(z.student_max), teacher_max = set<T>(z.teacher_max);
   const Vec<T> inverse = set<T>(z.inverse_temperature), log_ratio = set<T>(z.log_ratio);
   const Vec<T> by_student = set<T>(student_factor), by_teacher = set<T>(teacher_factor);

@@ -338,8 +338,9 @@ inline void exp2(const Vec<T> (&d)[N], Vec<T> c, Vec<T> lowest, Vec<T> (&result)
   for (int i = 0; i < N; ++i) result[i] = fma(f[i] * scale[i], result[i], scale[i]);
 }
 
-// log(x) for normal x > 0; exactly 0 at 1, NaN for NaN. float: x = 2^n (1 + f) with 1 + f in [sqrt(1/2), sqrt(2)] and
-// log(1 + f) = f - f^2 / 2 + f^3 p(f), p minimax of degree 6, relative error 3.5e-8; within 1 ULP. double: libm.
+// log(x) for normal x > 0; exactly 0 at 1, NaN for NaN. float: x = 2^n (1 + f) with 1 + f in [sqrt(1/2), sqrt(2)]
+// and log(1 + f) = f - f^2 / 2 + f^3 p(f), p minimax of degree 6, relative error 3.5e-8; within 1 ULP. double:
+// libm.
 inline Vec<float> log(Vec<float> x) {
   constexpr float p[] = {0x1.5556d8p-2f, -0x1.000382p-2f, 0x1.98d7f2p-3f, -0x1.53824ap-3f,
                          0x1.317458p-3f, -0x1.2432b8p-3f, 0x1.645eap-4f};
@@ -359,7 +360,8 @@ inline Vec<double> log(Vec<double> x) {
   return x;
 }
 
-// Vectors in step. An expression of one vector is a chain of dependent instructions, longer than what a CPU looks ahead.
+// Vectors in step. An expression of one vector is a chain of dependent instructions, longer than what a CPU looks
+// ahead.
 template <int N, class T>
 struct Pack {
   Vec<T> v[N];

@@ -124,7 +124,8 @@ def soft_value(student, teacher, labels, options, indices=None, log_partitions=N
     ``teacher`` has the logits of all classes or, with ``indices``, of these; ``labels`` are those of dkd.
     """
     if options.divergence == "mse":
-        return torch.where(student == teacher, 0, student - teacher).square().mean(-1)
+        masked = (student == -math.inf) & (teacher == -math.inf)
+        return torch.where(masked, 0, student - teacher).square().mean(-1)
     units = options.temperature**2 if options.t_squared else 1
     if options.divergence == "dkd":
         return units * dkd(student, teacher, labels, options.temperature, options.beta)
@@ -166,7 +167,7 @@ def dkd(student, teacher, labels, temperature, beta):
         shifted = (logits - logits.detach().amax(-1, keepdim=True)) / temperature
         others = shifted.masked_fill(of_label, -math.inf)
         odds = shifted.gather(-1, labels.unsqueeze(-1)).squeeze(-1) - _log_sum_exp(others)
-        parts.append((odds, log_softened(logits.masked_fill(of_label, -math.inf), temperature)))
+        parts.append((odds, log_within_others(logits, of_label, temperature)))
     (p_odds, log_p), (q_odds, log_q) = parts
     first = sum(
         -times(torch.sigmoid(sign * p_odds), F.logsigmoid(sign * q_odds) - F.logsigmoid(sign * p_odds))
@@ -174,6 +175,13 @@ def dkd(student, teacher, labels, temperature, beta):
     )
     within = point(log_p, log_q)
     return first + beta * -times(within.p, within.log_ratio).sum(-1)
+
+
+def log_within_others(logits, of_label, temperature):
+    """Log-probabilities given that it is not the label; -inf throughout where the others have no mass."""
+    others = logits.masked_fill(of_label, -math.inf)
+    nothing = (others == -math.inf).all(-1, keepdim=True)
+    return torch.where(nothing, -math.inf, log_softened(torch.where(nothing, 0, others), temperature))
 
 
 def _log_sum_exp(x):

@@ -19,9 +19,19 @@ def softened(logits, temperature):
 BETA = {"jsd": 0.5, "skew_forward_kl": 0.1, "skew_reverse_kl": 0.1, "dkd": 8.0}  # the defaults of the contract
 
 
-def kl(p, q):
-    """sum p (log p - log q) of probabilities, 0 where p is 0."""
-    return (p * (p.log() - q.log()).masked_fill(p == 0, 0.0)).sum(-1)
+def kl(log_p, log_q):
+    """sum p (log p - log q), 0 where p is 0."""
+    p = log_p.exp()
+    return (p * (log_p - log_q).masked_fill(p == 0, 0.0)).sum(-1)
+
+
+def log_mixture(log_p, log_q, weight):
+    """log(weight * p + (1 - weight) * q); -inf, without a NaN in its gradient, where both are."""
+    if weight in (0, 1):
+        return log_p if weight else log_q
+    none = (log_p == -math.inf) & (log_q == -math.inf)
+    pair = [x.masked_fill(none, 0.0) + math.log(w) for x, w in ((log_p, weight), (log_q, 1 - weight))]
+    return torch.logaddexp(*pair).masked_fill(none, -math.inf)
 
 
 def row_divergence(name, student, teacher, temperature, beta=None, labels=None):
@@ -33,23 +43,29 @@ def row_divergence(name, student, teacher, temperature, beta=None, labels=None):
     p, q = log_p.exp(), log_q.exp()
     if name == "dkd":
         others = F.one_hot(labels.long(), student.shape[-1]) == 0
-        binary_p, binary_q = (torch.stack([(x * ~others).sum(-1), (x * others).sum(-1)], -1) for x in (p, q))
         if student.shape[-1] == 1:
-            return binary_q.sum(-1) * 0
+            return q.sum(-1) * 0
+        log_binary = [
+            torch.stack([x.masked_fill(away, -math.inf).logsumexp(-1) for away in (others, ~others)], -1)
+            for x in (log_p, log_q)
+        ]
+        binary = kl(*log_binary)
         rest_p, rest_q = (softened(x.double().masked_fill(~others, -math.inf), temperature) for x in (teacher, student))
         weight = rest_p.exp()
         nckd = (weight * (rest_p - rest_q).masked_fill(weight == 0, 0.0)).sum(-1)
-        return kl(binary_p, binary_q) + beta * nckd
+        mass = (p * others).sum(-1)
+        return binary + beta * torch.where(mass == 0, 0.0, nckd)  # no mass among the others: nothing to compare
     if name == "forward_kl":
         weight, difference = p, log_p - log_q
     elif name == "reverse_kl":
         weight, difference = q, log_q - log_p
     elif name == "jsd":
-        return beta * kl(p, beta * p + (1 - beta) * q) + (1 - beta) * kl(q, beta * p + (1 - beta) * q)
+        log_m = log_mixture(log_p, log_q, beta)
+        return beta * kl(log_p, log_m) + (1 - beta) * kl(log_q, log_m)
     elif name == "skew_forward_kl":
-        return kl(p, beta * p + (1 - beta) * q)
+        return kl(log_p, log_mixture(log_p, log_q, beta))
     elif name == "skew_reverse_kl":
-        return kl(q, (1 - beta) * p + beta * q)
+        return kl(log_q, log_mixture(log_q, log_p, beta))
     elif name == "total_variation":
         return (p - q).abs().sum(-1) / 2
     elif name == "squared_hellinger":
@@ -177,26 +193,27 @@ def assert_accurate(
 
 def topk_divergence(name, student, logits, indices, temperature, *, partition=None, beta=None):
     """D over a top-k teacher's classes and the rest, per row: its k classes alone, or with one outcome for the rest."""
-    q = softened(student, temperature).exp()
+    log_q = softened(student, temperature)
     apart = torch.zeros_like(student, dtype=torch.bool).scatter(-1, indices, True)
-    q = torch.cat([q.gather(-1, indices), (q * ~apart).sum(-1, keepdim=True)], -1)
-    p = softened(logits, temperature).exp()
-    kept = torch.ones_like(p[..., :1])
+    rest = log_q.masked_fill(apart, -math.inf).logsumexp(-1, keepdim=True)
+    log_q = torch.cat([log_q.gather(-1, indices), rest], -1)
+    kept = torch.ones_like(rest)
     if partition is not None:
         kept = (torch.logsumexp(logits.double() / temperature, -1) - partition).exp().clamp(max=1).unsqueeze(-1)
-    p = torch.cat([p * kept, 1 - kept], -1)
-    m_beta = BETA.get(name) if beta is None else beta
+    log_p = torch.cat([softened(logits, temperature) + kept.log(), (1 - kept).log()], -1)
+    beta = BETA.get(name) if beta is None else beta
+    p, q = log_p.exp(), log_q.exp()
     if name == "forward_kl":
-        return kl(p, q)
+        return kl(log_p, log_q)
     if name == "reverse_kl":
-        return kl(q, p)
+        return kl(log_q, log_p)
     if name == "jsd":
-        m = m_beta * p + (1 - m_beta) * q
-        return m_beta * kl(p, m) + (1 - m_beta) * kl(q, m)
+        log_m = log_mixture(log_p, log_q, beta)
+        return beta * kl(log_p, log_m) + (1 - beta) * kl(log_q, log_m)
     if name == "skew_forward_kl":
-        return kl(p, m_beta * p + (1 - m_beta) * q)
+        return kl(log_p, log_mixture(log_p, log_q, beta))
     if name == "skew_reverse_kl":
-        return kl(q, (1 - m_beta) * p + m_beta * q)
+        return kl(log_q, log_mixture(log_q, log_p, beta))
     if name == "total_variation":
         return (p - q).abs().sum(-1) / 2
     assert name == "squared_hellinger"

@@ -163,7 +163,7 @@ def test_masked_classes(variant, divergence):
         broken[1, 2] = bad
         loss, gradient = computed(broken, teacher, labels, reduction="none", **options)
         assert not loss[1].isfinite()
-        assert gradient[1].isnan().any()
+        assert (~gradient[1].isfinite() if divergence == "mse" else gradient[1].isnan()).any()
         assert loss[[0, 2]].isfinite().all()
         assert gradient[[0, 2]].isfinite().all()
     broken = teacher.clone()
@@ -286,12 +286,10 @@ class TestDkd:
 
     def test_two_classes_have_no_second_part(self, variant):
         student, teacher, labels = inputs(5, 2)
-        losses = {
-            float(pydistill.distillation_loss(student, teacher, labels, divergence="dkd", beta=beta, alpha=1.0))
-            for beta in (0.0, 8.0)
-        }
         want = float(pydistill.distillation_loss(student, teacher, labels, alpha=1.0))
-        assert losses == {pytest.approx(want, rel=1e-5)}
+        for beta in (0.0, 8.0):
+            got = pydistill.distillation_loss(student, teacher, labels, divergence="dkd", beta=beta, alpha=1.0)
+            assert float(got) == pytest.approx(want, rel=1e-5)
 
     def test_a_confident_teacher_keeps_the_digits_of_the_others(self, variant):
         """1 - p_label is 1e-9: taken by subtraction it would be 0."""
@@ -379,5 +377,5 @@ def test_reference_of_the_skews():
     """The oracle itself, by hand: KL(p, m) with m a mixture."""
     p, q = torch.tensor([[0.9, 0.1]]).double(), torch.tensor([[0.5, 0.5]]).double()
     want = 0.9 * math.log(0.9 / 0.54) + 0.1 * math.log(0.1 / 0.46)
-    assert float(kl(p, 0.1 * p + 0.9 * q)) == pytest.approx(want)
+    assert float(kl(p.log(), (0.1 * p + 0.9 * q).log())) == pytest.approx(want)
     assert float(row_divergence("skew_forward_kl", q.log(), p.log(), 1.0)) == pytest.approx(want)

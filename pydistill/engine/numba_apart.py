@@ -62,7 +62,7 @@ def mse_row(s, t, soft_scale, settings, scratch):
 @_njit
 def dkd_row(logit_s, logit_t, sums, scale, settings):
     """Value, factors, and the label's gradient: KL of (label, others), and beta times the KL within the others."""
-    temperature, beta = settings.temperature, settings.beta
+    temperature, beta = settings.temperature, 0.0  # without mass among the others there is nothing to compare
     student = log_odds(logit_s, sums.student_max, sums.student, temperature)
     teacher = log_odds(logit_t, sums.teacher_max, sums.teacher, temperature)
     q, p, p_rest = 1 / (1 + math.exp(-student)), 1 / (1 + math.exp(-teacher)), 1 / (1 + math.exp(teacher))
@@ -70,6 +70,7 @@ def dkd_row(logit_s, logit_t, sums, scale, settings):
     value += weighted(p_rest, log_sigmoid(-teacher) - log_sigmoid(-student))
     by_student = by_teacher = 0.0
     if sums.teacher != 0:
+        beta = settings.beta
         within = math.inf
         if sums.student != 0:
             within = sums.cross / (sums.teacher * temperature) + math.log(sums.student / sums.teacher)

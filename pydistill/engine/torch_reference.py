@@ -17,6 +17,7 @@ from pydistill.formulas import (
     counted_rows,
     denominators,
     log_softened,
+    log_within_others,
     loss_dtype,
     outcomes,
     point,
@@ -136,12 +137,13 @@ def _dkd_gradient(s, t, labels, options):
     if s.shape[-1] == 1:
         return s * 0
     of_label = torch.nn.functional.one_hot(labels, s.shape[-1]).bool()
-    share, within = [], []
+    share, conditional = [], []
     for logits in (t, s):
         share.append(log_softened(logits, options.temperature).exp().gather(-1, labels.unsqueeze(-1)))
-        within.append(log_softened(logits.masked_fill(of_label, -math.inf), options.temperature).exp())
-    (p_label, q_label), (p, q) = share, within
-    rest = (p_label - q_label) * q + options.beta * (q - p)
+        conditional.append(log_within_others(logits, of_label, options.temperature).exp())
+    (p_label, q_label), (p, q) = share, conditional
+    within = torch.where(p.sum(-1, keepdim=True) == 0, 0, q - p)  # no mass among the others: nothing to compare
+    rest = (p_label - q_label) * q + options.beta * within
     return torch.where(of_label, q_label - p_label, rest)
 
 

@@ -9,6 +9,8 @@ from dataclasses import dataclass, fields
 
 import torch
 
+from pydistill.formulas import DIVERGENCES
+
 
 @dataclass(frozen=True)
 class Case:
@@ -23,12 +25,18 @@ class Case:
     threads: int = 1
     huge_pages: bool = False  # torch's own allocations on huge pages: THP_MEM_ALLOC_ENABLE=1, in a process of its own
     hidden: int = 0
+    divergence: str = "forward_kl"
+    k: int = 0  # a top-k teacher with a bucket for the rest; 0: the dense one
 
     @property
     def name(self) -> str:
         words = [f"{self.rows}x{self.classes}"]
         if self.hidden:
             words.append(f"hidden={self.hidden}")
+        if self.divergence != "forward_kl":
+            words.append(self.divergence)
+        if self.k:
+            words.append(f"k={self.k}")
         if self.dtype != "float32":
             words.append(self.dtype)
         if self.temperature != 4:
@@ -63,6 +71,8 @@ def parse(text: str) -> Case:
         name, _, value = word.partition("=")
         if word in ("float32", "bfloat16", "float16"):
             values["dtype"] = word
+        elif word in DIVERGENCES:
+            values["divergence"] = word
         elif word in ("soft", "hard"):
             values["alpha"] = float(word == "soft")
         elif word == "forward":
@@ -71,12 +81,12 @@ def parse(text: str) -> Case:
             values["huge_pages"] = True
         elif name in ("T", "alpha"):
             values["temperature" if name == "T" else name] = float(value)
-        elif name in ("threads", "hidden"):
+        elif name in ("threads", "hidden", "k"):
             values[name] = int(value)
         else:
             raise ValueError(
                 f"a case's words are float32, bfloat16, float16, T=, alpha=, soft, hard, forward, threads=, hidden=, "
-                f"huge-pages; got {word!r}"
+                f"k=, huge-pages and the divergences; got {word!r}"
             )
     return Case(**values)
 
@@ -98,7 +108,7 @@ IN_CACHE = {"rows": 1024, "classes": 1000}  # the second base: memory no longer 
 
 
 def default_cases() -> list[Case]:
-    """About 40: the shapes, the factors at both bases, huge pages, a few at all threads, and the peers' linear head."""
+    """The shapes, the factors at both bases, huge pages, a few at all threads, the divergences, the peers' head."""
     settings = [{}]
     settings += [{"rows": n, "classes": c} for n, c in SHAPES]
     settings += FACTORS
@@ -106,6 +116,8 @@ def default_cases() -> list[Case]:
     settings += [{"huge_pages": True}]
     settings += [{"rows": n, "classes": c, "threads": THREADS} for n, c in ((32, 10), (8192, 1000), (256, 128256))]
     settings += [factor | {"threads": THREADS} for factor in ({"dtype": "bfloat16"}, {"backward": False})]
+    settings += [{"divergence": name} for name in DIVERGENCES]
+    settings += [{"k": 64}]
     head = {"rows": 512, "classes": 32000, "hidden": 256}
     settings += [head, head | {"alpha": 0.0}]
     return _unique(settings)

@@ -15,10 +15,12 @@ import torch
 import torch.nn.functional as F
 
 import pydistill
+from bench import eager as soft_terms
 from bench import limit
 from bench.cases import Case
 from pydistill.engine.backend import NAMES
 from pydistill.engine.compiled import load_core
+from pydistill.formulas import DIVERGENCES
 
 _TORCH_ELEMENTS = 1 << 23
 
@@ -35,6 +37,13 @@ LEGEND = {
 }
 
 
+class TopkTeacher(NamedTuple):
+    """A teacher in both forms."""
+
+    targets: pydistill.SoftTargets
+    dense: torch.Tensor
+
+
 class Contestant(NamedTuple):
     """``step(leaves, constants)`` returns (loss, gradients); a limit returns (None, None)."""
 
@@ -46,17 +55,19 @@ class Contestant(NamedTuple):
 def contestants(case) -> tuple[dict[str, Contestant], dict[str, str]]:
     """Those of a case, by name, and why the others are missing."""
     head = case.hidden > 0
-    eager = _formulas(case)
+    eager = formulas(case)
     found, missing = {}, {}
     for name, formula in eager.items():
-        kl = name == "tutorial"
+        kl = name == "tutorial" or case.divergence != "forward_kl"
         found[name] = Contestant(_stepper(case, _with_head(formula) if head else formula), kl)
     for name, formula in eager.items():
         compiled = torch.compile(_with_head(formula) if head else formula, dynamic=False)
         found[f"compiled {name}"] = Contestant(_stepper(case, compiled), name == "tutorial")
 
-    options = {"temperature": case.temperature, "alpha": case.alpha}
+    options = {"temperature": case.temperature, "alpha": case.alpha, "divergence": case.divergence}
     loss = partial(_pydistill, options)
+    if case.k:
+        return _topk_contestants(case, eager, options), missing
     step = _stepper(case, _with_head(loss) if head else loss)
     found["pydistill"] = Contestant(step)
     if case.backward:
@@ -87,7 +98,8 @@ def _single(name, threads):
     return pydistill.use_backend(name, **({"threads": threads} if name == "numba" else {}))
 
 
-def _formulas(case):
+def formulas(case):
+    """What people write in torch, by name."""
     T, alpha = case.temperature, case.alpha
 
     def hard(s, y):
@@ -105,11 +117,48 @@ def _formulas(case):
     def cross_entropy(s, t, y):
         return hard(s, y)
 
+    def other(s, t, y):
+        soft = getattr(soft_terms, case.divergence)(s, t, y, T, DIVERGENCES[case.divergence].beta)
+        soft = alpha * (1 if case.divergence == "mse" else T**2) * soft
+        return soft + hard(s, y) if alpha < 1 else soft
+
+    def scattered(s, t, y):
+        """What a top-k teacher costs without a sparse form: a dense one, with a bucket for the rest."""
+        t = t.targets
+        log_q, log_p = F.log_softmax(s / T, -1), t.logits / T - t.log_partitions[T].unsqueeze(-1)
+        rest_q = log_q.scatter(-1, t.indices, -torch.inf).logsumexp(-1, keepdim=True)
+        rest_p = torch.log1p(-log_p.exp().sum(-1, keepdim=True))
+        log_p = torch.cat([log_p, rest_p], -1).to(log_q.dtype)
+        log_q = torch.cat([log_q.gather(-1, t.indices), rest_q], -1)
+        soft = alpha * T**2 * F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
+        return soft + hard(s, y) if alpha < 1 else soft
+
+    if case.k:
+        return {"best eager": scattered}
+    if case.divergence != "forward_kl":
+        return {"best eager": other}
     return {"tutorial": cross_entropy} if alpha == 0 else {"tutorial": tutorial, "best eager": best_eager}
 
 
 def _pydistill(options, s, t, y):
     return pydistill.distillation_loss(s, t, y, **options)
+
+
+def _topk_contestants(case, eager, options):
+    """The sparse teacher against eager torch, and against pydistill with all of the teacher's logits."""
+    found = {name: Contestant(_stepper(case, formula)) for name, formula in eager.items()}
+    for name, more in (("pydistill", {}), ("pydistill in place", {"inplace": True})):
+        loss = partial(_pydistill, options | more)
+        found[name] = Contestant(_stepper(case, lambda s, t, y, loss=loss: loss(s, t.targets, y)))
+        dense = _stepper(case, lambda s, t, y, loss=loss: loss(s, t.dense, y))
+        # Another loss than the sparse teacher's, so it cannot be checked against it.
+        found[f"dense {name}"] = Contestant(partial(_unchecked, dense))
+    return found
+
+
+def _unchecked(step, leaves, constants):
+    step(leaves, constants)
+    return None, None
 
 
 def _with_head(loss):

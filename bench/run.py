@@ -72,7 +72,7 @@ def run_case(case: Case, progress, *, budget=BUDGET, pairs=None, isas=False) -> 
         if not errors[name] < measure.TOLERANCE[case.dtype]:
             raise AssertionError(f"{case.name}: {name} is off by {errors[name]:.2g}, so it was not timed")
     buffers = {name: measure.peak_buffers(case, contestant, *inputs) for name, contestant in found.items()}
-    pairs = pairs or measure.number_of_pairs(found, inputs, budget)
+    pairs = pairs or measure.number_of_pairs(case, found, inputs, budget)
     times = measure.paired_times(found, inputs, pairs, progress)
     return {
         "name": case.name,

@@ -66,7 +66,19 @@ def distillation_loss(
     .. math::
         \text{loss} = \alpha\, T^2 D(p, q) + (1 - \alpha)\, \mathrm{CE}(\mathrm{softmax}(\text{student}), y)
 
-    ``forward_kl`` is D = sum p (log p - log q), the loss of Hinton et al.; ``reverse_kl`` is sum q (log q - log p).
+    ``forward_kl`` is D = sum p (log p - log q), the loss of Hinton et al. The others, with the default of ``beta``:
+
+    - ``reverse_kl``: sum q (log q - log p);
+    - ``jsd`` (0.5): beta KL(p, m) + (1 - beta) KL(q, m) with m = beta p + (1 - beta) q. At 0 it is forward_kl and at 1
+      reverse_kl, as in TRL and Liger; the limit of the formula would be 0;
+    - ``skew_forward_kl`` (0.1): KL(p, beta p + (1 - beta) q);
+    - ``skew_reverse_kl`` (0.1): KL(q, (1 - beta) p + beta q);
+    - ``total_variation``: sum abs(p - q) / 2;
+    - ``squared_hellinger``: sum (sqrt p - sqrt q)^2 / 2;
+    - ``mse``: the mean over classes of (student - teacher)^2, of the logits as they are: no T, no T^2;
+    - ``dkd`` (8.0): KL of (label, all others) + beta KL within the others; needs labels at every alpha.
+
+    LOSSES.md in the repository says when to use which, and how other libraries' losses are written with this one.
     Cross-entropy is always at T = 1. **alpha weighs the soft term** (torchdistill's alpha weighs the hard one).
     Loss and gradient come from one pass over the logits; the teacher is a constant, no gradient flows into it.
 
@@ -74,11 +86,12 @@ def distillation_loss(
         student_logits: ``(..., C)``, classes last; float32, float64, bfloat16 or float16. Any strides; a non-unit
             stride of the last dimension costs a copy. For classes in dimension 1 pass ``logits.movedim(1, -1)``.
         teacher: logits ``(..., C)`` of any of these dtypes, or :class:`SoftTargets` (which also takes
-            probabilities). May be None at alpha = 0. From ``torch.inference_mode()`` too, but under torch.compile
-            from ``torch.no_grad()``: a compiled graph cannot save the former.
+            probabilities, and the k largest logits of each row). May be None at alpha = 0. From
+            ``torch.inference_mode()`` too, but under torch.compile from ``torch.no_grad()``: a compiled graph cannot
+            save the former.
         labels: class indices ``(...)``, int64 or int32. May be None at alpha = 1.
-        divergence: "forward_kl" or "reverse_kl".
-        beta: the divergence's parameter; neither of these two has one.
+        divergence: one of the names above.
+        beta: the divergence's parameter, in [0, 1] (dkd: at least 0).
         temperature: T > 0, a float or a 0-d tensor without gradient.
         alpha: weight of the soft term in [0, 1], a float or a 0-d tensor without gradient. A term whose weight is 0
             is not evaluated.
@@ -115,9 +128,9 @@ def distillation_loss(
 
     Numerics: float32 arithmetic within blocks of a row, float64 across them and over rows; log space throughout; bit
     for bit the same for every number of threads. A class with p = 0 (a teacher logit of -inf) adds the divergence's
-    limit: 0 for forward_kl, +inf for reverse_kl unless q = 0 too. Teachers with exact zeros, such as forests, want
-    forward_kl. Where the student has -inf and the teacher has mass, forward_kl is +inf with a finite gradient.
-    A NaN or +inf logit makes that row NaN.
+    limit, which is finite but for reverse_kl: +inf unless q = 0 too. Teachers with exact zeros, such as forests, want
+    forward_kl, jsd or skew_reverse_kl. Where the student has -inf and the teacher has mass, forward_kl is +inf with a
+    finite gradient. A NaN or +inf logit makes that row NaN.
 
     Memory: one buffer of the logits' size for the gradient, none with ``inplace``. A backward that starts from a
     gradient other than 1 makes one more; scale with ``num_items`` instead. Logits and teacher are kept until backward,
@@ -126,7 +139,8 @@ def distillation_loss(
     derivatives, forward mode, functorch transforms, tensor subclasses and other devices go through a formula of torch
     operations: right, but with autograd's usual memory.
 
-    Source: Hinton, Vinyals, Dean, "Distilling the Knowledge in a Neural Network", 2015, arXiv:1503.02531.
+    Source: Hinton, Vinyals, Dean, "Distilling the Knowledge in a Neural Network", 2015, arXiv:1503.02531; those of the
+    other divergences are in LOSSES.md.
 
     Example:
         >>> import torch, pydistill

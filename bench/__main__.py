@@ -1,13 +1,14 @@
 """python -m bench: validate every contestant, then time it against pydistill, pairs in one process."""
 
 import argparse
+import importlib
 import json
 import sys
 import time
 from functools import partial
 from pathlib import Path
 
-from bench import cases, report, run, scaling
+from bench import cases, plots, report, run, scaling
 
 
 def main(arguments=None) -> int:
@@ -46,8 +47,7 @@ def main(arguments=None) -> int:
 
 
 def _measure(chosen, options, with_scaling):
-    from tqdm import tqdm
-
+    tqdm = _optional("tqdm").tqdm
     start = time.monotonic()
     results = {"machine": run.machine(), "cases": []}
     options.output.mkdir(parents=True, exist_ok=True)
@@ -69,13 +69,19 @@ def _measure(chosen, options, with_scaling):
     print(f"\n{file} after {time.monotonic() - start:.0f} s")
 
 
+def _optional(library):
+    try:
+        return importlib.import_module(library)
+    except ImportError as error:
+        raise SystemExit(f"{error}: the benchmark suite needs the extra, pip install '.[bench]'") from None
+
+
 def _finish(results, folder):
     if results.get("scaling"):
         print(report.scaling(results["scaling"]))
     print(report.losses(results["cases"]))
     if folder is not None:
-        from bench import plots
-
+        _optional("matplotlib")
         paths = plots.save(results, folder)
         if paths:
             print("\nplots: " + ", ".join(map(str, paths)))

@@ -1,9 +1,19 @@
 """Results as text: the table of a case, the README's table, where pydistill loses, and two runs compared."""
 
 from bench.contestants import LEGEND
+from pydistill.formulas import DIVERGENCES
 
 # README's columns: what a user would otherwise write.
 RIVALS = ("tutorial", "best eager", "compiled tutorial", "compiled best eager")
+README_CASES = (
+    "1024x32000",
+    "256x128256",
+    "8192x1000",
+    "1024x1000",
+    "32x10",
+    "1024x32000,bfloat16",
+    "1024x32000,forward",
+)
 
 
 def heading(machine: dict) -> str:
@@ -65,21 +75,27 @@ def losses(results: list[dict]) -> str:
 
 
 def markdown(results: list[dict]) -> str:
-    """The README's table: per case, how many times faster pydistill is than each way of writing the loss."""
-    lines = [
-        "| case | "
-        + " | ".join(RIVALS)
-        + " | in place, against the first | N x C buffers: tutorial, pydistill, in place |",
-        "|---" * (len(RIVALS) + 3) + "|",
-    ]
-    for result in results:
-        all_ = result["contestants"]
-        cells = [f"{all_[name]['over pydistill'][0]:.1f} x" if name in all_ else "" for name in RIVALS]
-        in_place = all_.get("tutorial", all_["best eager"])["over in place"]
-        cells.append(f"{in_place[0]:.1f} x" if in_place else "")
+    """The README's tables: times that each way of writing the loss takes, over pydistill's; and the divergences."""
+    by_name = {result["name"]: result["contestants"] for result in results}
+    columns = [*(f"{name}: {LEGEND[name]}" for name in RIVALS), "in place, against the tutorial", "memory", "error"]
+    lines = ["| case | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    for case in README_CASES:
+        if case not in by_name:
+            continue
+        all_ = by_name[case]
+        cells = [f"{all_[name]['over pydistill'][0]:.1f}" for name in RIVALS]
+        in_place = all_["tutorial"]["over in place"]
+        cells.append(f"{in_place[0]:.1f}" if in_place else "")
         buffers = [all_[name]["buffers"] for name in ("tutorial", "pydistill", "pydistill in place") if name in all_]
-        cells.append(", ".join(f"{b:.2f}" for b in buffers) if None not in buffers else "")
-        lines.append(f"| {result['name']} | " + " | ".join(cells) + " |")
+        cells.append(", ".join(f"{b:.1f}" for b in buffers) if None not in buffers else "")
+        cells.append(f"{all_['tutorial']['error']:.0e}, {all_['pydistill']['error']:.0e}")
+        lines.append(f"| {case} | " + " | ".join(cells) + " |")
+    lines += ["", "| 1024x32000, in place, against | best eager form | torch.compile of it |", "|---|---|---|"]
+    for case, all_ in by_name.items():
+        name = case.removeprefix("1024x32000,")
+        if name in DIVERGENCES or name == "k=64":
+            cells = [all_[n]["over in place"][0] if n in all_ else None for n in ("best eager", "compiled best eager")]
+            lines.append(f"| {name} | " + " | ".join("" if x is None else f"{x:.1f}" for x in cells) + " |")
     return "\n".join(lines)
 
 

@@ -1,0 +1,31 @@
+"""The examples run, and do what they say."""
+
+import importlib.util
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+def load(name):
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_distilbert_loss():
+    example = load("distilbert_loss")
+    history = example.main(steps=40)
+    assert history[-1][0] < 0.7 * history[0][0]
+
+    student, teacher = example.Model(1), example.Model(1)
+    tokens, labels = example.masked_batch(4)
+    logits, hidden = (x.flatten(0, 1) for x in student(tokens))
+    teacher_logits, teacher_hidden = (x.flatten(0, 1).detach() for x in teacher(tokens))
+    soft = F.kl_div((logits / 2).log_softmax(-1), (teacher_logits / 2).softmax(-1), reduction="batchmean")
+    want = 5 * 4 * soft + 2 * F.cross_entropy(logits, labels.flatten())
+    want = want + (1 - F.cosine_similarity(hidden, teacher_hidden)).mean()
+    torch.testing.assert_close(example.distilbert_loss(student, teacher, tokens, labels)[0], want, rtol=1e-4, atol=1e-5)

@@ -88,7 +88,10 @@ def parse(text: str) -> Case:
                 f"a case's words are float32, bfloat16, float16, T=, alpha=, soft, hard, forward, threads=, hidden=, "
                 f"k=, huge-pages and the divergences; got {word!r}"
             )
-    return Case(**values)
+    case = Case(**values)
+    if not case.backward and (case.hidden or case.k or case.divergence != "forward_kl"):
+        raise ValueError(f"a case that is forward only has forward_kl, no hidden= and no k=; got {text!r}")
+    return case
 
 
 SHAPES = [(32, 10), (64, 10), (256, 100), (1024, 1000), (8192, 128), (8192, 1000), (256, 128256), (64, 262144)]

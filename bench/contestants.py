@@ -22,7 +22,7 @@ from pydistill.engine.backend import NAMES
 from pydistill.engine.compiled import load_core
 from pydistill.formulas import DIVERGENCES
 
-_TORCH_ELEMENTS = 1 << 23
+_LARGE = 1 << 23
 
 LEGEND = {
     "tutorial": "kl_div + cross_entropy",
@@ -31,6 +31,7 @@ LEGEND = {
     "compiled best eager": "torch.compile of the best eager form",
     "pydistill": "distillation_loss, gradient in fresh memory",
     "pydistill in place": "inplace=True",
+    "pydistill in place, metrics": "and return_metrics=True",
     "limit": "c = a + b over the case's bytes, streaming stores past the cache",
     "limit in place": "a = a + b",
     "torch.add": "torch.add(a, b, out=c)",
@@ -73,12 +74,16 @@ def contestants(case) -> tuple[dict[str, Contestant], dict[str, str]]:
     if case.backward:
         in_place = partial(_pydistill, options | {"inplace": True})
         found["pydistill in place"] = Contestant(_stepper(case, _with_head(in_place) if head else in_place))
+    if case.backward and not head and case.threads == 1:
+        with_metrics = partial(_pydistill, options | {"inplace": True, "return_metrics": True})
+        found["pydistill in place, metrics"] = Contestant(_stepper(case, lambda s, t, y: with_metrics(s, t, y)[0]))
     if head:
         _add_peers(case, found, missing)
         return found, missing
     for name in NAMES[1:]:
-        if name == "torch" and case.elements > _TORCH_ELEMENTS and case != Case():
-            missing["pydistill torch"] = "at this size measured in the base case only: it takes a third of the time"
+        large = case.elements > _LARGE and (name == "torch" or case.divergence != "forward_kl")
+        if large and case != Case():
+            missing[f"pydistill {name}"] = "at this size measured in the base case only: it takes a third of the time"
         else:
             found[f"pydistill {name}"] = Contestant(step, context=partial(_single, name, case.threads))
     _add_limits(case, found, missing)

@@ -7,11 +7,6 @@ import torch
 import torch.nn.functional as F
 
 
-def forward_kl(s, t, y, T, beta):
-    """Soft cross-entropy: the teacher's entropy, a constant, is left out."""
-    return F.cross_entropy(s / T, F.softmax(t / T, -1))
-
-
 def reverse_kl(s, t, y, T, beta):
     log_q, log_p = F.log_softmax(s / T, -1), F.log_softmax(t / T, -1)
     return (log_q.exp() * (log_q - log_p)).sum(-1).mean()

@@ -121,9 +121,9 @@ def paired_times(contestants, inputs, pairs, progress):
 
 
 def number_of_pairs(case, contestants, inputs, budget) -> int:
-    """As many rounds as fit into ``budget`` seconds: at least 5, at least 30 where a round takes under a second."""
+    """As many rounds as fit into ``budget`` seconds: at least 4, at least 30 where a round takes under a second."""
     if case.elements > 1 << 24:
-        return 5
+        return 4
     round_ = sum(seconds(c, *inputs) for c in contestants.values())  # validation has warmed up
     return max(30 if round_ < 1 else 5, min(2000, int(budget / round_)))
 

@@ -64,7 +64,7 @@ def losses(results: list[dict]) -> str:
     slower, leads = [], []
     for result in results:
         for name, c in result["contestants"].items():
-            if name.startswith(("pydistill", "limit", "torch.add")):
+            if name.startswith(("pydistill", "dense pydistill", "limit", "torch.add")):
                 continue
             line = f"  {result['name']:40} {name:22} takes {c['over pydistill'][0]:.2f} x pydistill's time"
             (slower if c["over pydistill"][0] < 1 else leads).append((c["over pydistill"][0], line))

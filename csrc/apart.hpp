@@ -2,13 +2,13 @@
 //
 // The scan over a row leaves them out, so that the sums, and the maximum they refer to, are those of the rest:
 // taken from a whole row's by subtraction they would be lost where the classes apart hold nearly all of the mass.
-// The classes apart are few, and are computed one by one in double.
+// The classes apart are few: their exponentials are taken as the scan takes them, the rest is computed in double.
 #pragma once
 
 namespace pydistill::PYDISTILL_ISA {
 namespace {
 
-// The classes apart of a row, in the order of their indices.
+// The classes apart of a row, in the order of their indices, as Python hands them over.
 template <class T>
 void RowKernel<T>::set_apart(int64_t row, const RowPlan& plan) {
   const int64_t count = int64_t(apart_.size());
@@ -18,7 +18,6 @@ void RowKernel<T>::set_apart(int64_t row, const RowPlan& plan) {
     a.index = topk ? batch_.teacher_indices[row * count + k] : plan.label;
     if (topk) read_block(batch_.teacher.at(row, k), batch_.teacher.dtype, 1, &a.teacher);
   }
-  std::sort(apart_.begin(), apart_.end(), [](const Apart& a, const Apart& b) { return a.index < b.index; });
 }
 
 // A block for the scan; a class apart gets the lowest number, whose exponential is 0. Its logit goes into `logit`
@@ -34,19 +33,35 @@ const T* RowKernel<T>::without_apart(const T* x, int64_t begin, int n, T* buffer
   return buffer;
 }
 
+// exp(x / T) of a few numbers x <= 0, in place, in whole vectors.
+template <class T>
+inline void exponentials_in_place(T* x, int count, const Base<T>& base) {
+  for (int j = count; j % kLanes<T> != 0; ++j) x[j] = std::numeric_limits<T>::lowest();
+  for (int j = 0; j < count; j += kLanes<T>) {
+    const Vec<T> d[1] = {load(x + j)};
+    Vec<T> e[1];
+    exp2(d, base.c, base.lowest, e);
+    store(x + j, e[0]);
+  }
+}
+
 // After the scan: what it found is the rest's. The sum for cross-entropy gets the classes apart back.
 template <class T>
 void RowKernel<T>::add_apart(RowState& state) {
   constexpr T lowest = std::numeric_limits<T>::lowest();
-  if (state.max.student == lowest) state.sums.student = state.sums.hard = 0;  // no rest: of nothing but lowest
-  if (state.max.teacher == lowest) state.sums.teacher = state.sums.cross = 0;
+  // No rest, the sums are of nothing but lowest; a NaN, which is no maximum either, stays.
+  if (state.max.student == lowest && !std::isnan(state.sums.student)) state.sums.student = state.sums.hard = 0;
+  if (state.max.teacher == lowest && !std::isnan(state.sums.teacher)) state.sums.teacher = state.sums.cross = 0;
   state.whole_max = double(state.max.student);
   for (const Apart& a : apart_) state.whole_max = std::max(state.whole_max, double(a.student));
   if (!hard_) return;
   state.whole_sum = state.sums.hard * std::exp(double(state.max.student) - state.whole_max);
-  for (Apart& a : apart_) {
-    a.hard = std::exp(double(a.student) - state.whole_max);
-    state.whole_sum += a.hard;
+  const int count = int(apart_.size());
+  for (int k = 0; k < count; ++k) h_[k] = apart_[size_t(k)].student - T(state.whole_max);
+  exponentials_in_place(h_, count, hard_base_);
+  for (int k = 0; k < count; ++k) {
+    apart_[size_t(k)].hard = double(h_[k]);
+    state.whole_sum += double(h_[k]);
   }
 }
 
@@ -78,10 +93,16 @@ double RowKernel<T>::topk_term(int64_t row, double scale, RowState& state, Facto
   double teacher_sum = 0;
   for (int k = 0; k < rest; ++k) {
     const Apart& a = apart_[size_t(k)];
-    const double e = std::exp((double(a.student) - state.whole_max) / temperature_);
-    const double f = std::exp((double(a.teacher) - teacher_max) / temperature_);
-    q_[k] = T(e), p_[k] = T(f);
-    student_sum += e, teacher_sum += f;
+    q_[k] = a.student - T(state.whole_max), p_[k] = a.teacher - T(teacher_max);
+  }
+  exponentials_in_place(q_, rest, soft_base_);
+  exponentials_in_place(p_, rest, soft_base_);
+  for (int k = 0; k < rest; ++k) {
+    student_sum += double(q_[k]);
+    // The mass of the rest is what these lack of 1: in float they could be off by more.
+    teacher_sum += batch_.log_partitions
+                       ? std::exp((double(apart_[size_t(k)].teacher) - teacher_max) / temperature_)
+                       : double(p_[k]);
   }
   const double log_student_sum = std::log(student_sum), log_teacher_sum = std::log(teacher_sum);
   state.student_ordered = student_sum > 0, state.teacher_ordered = teacher_sum > 0;

@@ -26,12 +26,13 @@ struct Mixture {
 
   Mixture(const Point<P>& x, const P& weight) {
     const P one = constant(1, x.p), zero = constant(0, x.p);
-    const P larger = max(x.p, x.q), q = x.q / larger, smaller = where_positive(x.log_ratio, x.p / larger, q);
-    const P m = fma(where_positive(x.log_ratio, weight, one - weight), smaller - one, one);  // over the larger
+    const P larger = max(x.p, x.q), smaller = where_positive(x.log_ratio, x.p, x.q);
+    const P m =
+        fma(where_positive(x.log_ratio, weight, one - weight), smaller / larger - one, one);  // over the larger
     const P larger_over_m = -log(m);
     log_p_over_m = larger_over_m - max(zero, x.log_ratio);
     log_q_over_m = larger_over_m - max(zero, -x.log_ratio);
-    overlap = times(x.p, q / m);
+    overlap = times(x.p, x.q / max(smallest(x.p), m * larger));
   }
 };
 

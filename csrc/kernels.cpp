@@ -65,6 +65,9 @@ class RowKernel {
   RowState scan(int64_t row);
   template <HardExp H, bool kSoft>
   Sums scan_block(const T* s, const T* t, int64_t begin, int n, const Running& max, int64_t row);
+  using ScanBlock = Sums (RowKernel::*)(const T*, const T*, int64_t, int, const Running&, int64_t);
+  template <bool kSoft>
+  static ScanBlock scan_block_for(HardExp hard);
   void rescale(RowState& state, const Running& max) const;
   PointSums second_pass(int64_t row, const RowState& state);
   double difference_pass(int64_t row, RowState& state);
@@ -94,6 +97,7 @@ class RowKernel {
   bool third_;         // the gradient has something of scratch_.teacher
   bool keep_;
   HardExp hard_exp_;
+  ScanBlock scan_block_;
   double temperature_;
   Base<T> soft_base_, hard_base_;
   std::unique_ptr<T[], void (*)(T*)> memory_;
@@ -132,6 +136,7 @@ RowKernel<T>::RowKernel(const RowBatch& batch, bool past_cache)
       scan_teacher_(kind_ == Kind::shortcut || kind_ == Kind::pointwise || kind_ == Kind::dkd),
       third_(scan_teacher_ || kind_ == Kind::mse),
       hard_exp_(how_to_exponentiate(soft_ && kind_ != Kind::mse, hard_, batch.options.temperature)),
+      scan_block_(scan_teacher_ ? scan_block_for<true>(hard_exp_) : scan_block_for<false>(hard_exp_)),
       temperature_(soft_ && kind_ != Kind::mse ? batch.options.temperature : 1),
       soft_base_(temperature_),
       hard_base_(1),
@@ -200,6 +205,25 @@ Sums RowKernel<T>::scan_block(const T* s, const T* t, int64_t begin, int n, cons
   return sums;
 }
 
+// Chosen once: a choice among ten inlined passes costs a small row more than the pass.
+template <class T>
+template <bool kSoft>
+typename RowKernel<T>::ScanBlock RowKernel<T>::scan_block_for(HardExp hard) {
+  switch (hard) {
+    case HardExp::none:
+      return &RowKernel::scan_block<HardExp::none, kSoft>;
+    case HardExp::same:
+      return &RowKernel::scan_block<HardExp::same, kSoft>;
+    case HardExp::square:
+      return &RowKernel::scan_block<HardExp::square, kSoft>;
+    case HardExp::fourth:
+      return &RowKernel::scan_block<HardExp::fourth, kSoft>;
+    case HardExp::own:
+      return &RowKernel::scan_block<HardExp::own, kSoft>;
+  }
+  return nullptr;
+}
+
 template <class T>
 typename RowKernel<T>::RowState RowKernel<T>::scan(int64_t row) {
   RowState state;
@@ -218,27 +242,7 @@ typename RowKernel<T>::RowState RowKernel<T>::scan(int64_t row) {
     if (b == 0) state.max = max;
     rescale(state, max);
     block_max_[b] = max;
-    const auto pass = [&]<HardExp H>() {
-      return t ? scan_block<H, true>(s, t, begin, n, max, row) : scan_block<H, false>(s, t, begin, n, max, row);
-    };
-    Sums sums;
-    switch (hard_exp_) {
-      case HardExp::none:
-        sums = pass.template operator()<HardExp::none>();
-        break;
-      case HardExp::same:
-        sums = pass.template operator()<HardExp::same>();
-        break;
-      case HardExp::square:
-        sums = pass.template operator()<HardExp::square>();
-        break;
-      case HardExp::fourth:
-        sums = pass.template operator()<HardExp::fourth>();
-        break;
-      case HardExp::own:
-        sums = pass.template operator()<HardExp::own>();
-        break;
-    }
+    const Sums sums = (this->*scan_block_)(s, t, begin, n, max, row);
     state.sums.student += sums.student;
     state.sums.teacher += sums.teacher;
     state.sums.cross += sums.cross;
@@ -344,8 +348,8 @@ void RowKernel<T>::write(int64_t row, const RowPlan& plan, const RowState& state
   const double onehot = plan.hard_scale * (1 - smoothing) * label_weight;
   const bool weighted_smoothing = class_weight_ && smoothing > 0;
 
-  const double to_softmax = std::exp(double(state.max.student) - state.whole_max) / state.whole_sum;
-  factors.hard = hard ? plan.hard_scale * hard_total * to_softmax : 0;
+  const double rest_share = apart_.empty() ? 1 : std::exp(double(state.max.student) - state.whole_max);
+  factors.hard = hard ? plan.hard_scale * hard_total * rest_share / state.whole_sum : 0;
   // Centred in scratch, before any factor: where q is near 1 the two parts cancel, and in float32 only there
   // exactly.
   const bool centred = kind_ == Kind::pointwise;
@@ -463,6 +467,7 @@ RowOutcome RowKernel<T>::run(int64_t row, const RowPlan& plan) {
     case Kind::mse:
       outcome.soft = difference_pass(row, state);
       factors.third = 2 * plan.soft_scale / double(batch_.classes);
+      if (std::isnan(outcome.soft)) factors.third = outcome.soft;  // all of the row
       break;
     case Kind::topk:
     case Kind::dkd:

@@ -44,7 +44,7 @@ enum class Reduction : int { none, sum, mean };
 struct RowBatch {
   int64_t rows = 0, classes = 0;
   Matrix student, teacher;  // the teacher is not looked at where alpha is 0
-  // A top-k teacher: its matrix has `teacher_classes` logits per row, of these classes. Null: of all classes.
+  // A top-k teacher: its matrix has `teacher_classes` logits per row, of these classes, ascending. Null: of all.
   const int64_t* teacher_indices = nullptr;
   int64_t teacher_classes = 0;
   // Log-sum-exp of all the teacher's logits / T, per row; the rest of its mass is one more outcome. Null: no rest.

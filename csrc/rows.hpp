@@ -185,8 +185,8 @@ inline T squared_difference(const T* s, const T* t, int n, T* difference) {
   for_each<T>(n, 0, [&](int start, int k, auto width) {
     for (int i = 0; i < width; ++i) {
       const int j = start + i * kLanes<T>;
-      const Vec<T> a = load(s + j, k), b = load(t + j, k);
-      Vec<T> d = where_equal(a, b, set<T>(0), a - b);
+      const Vec<T> a = load(s + j, k), b = load(t + j, k), masked = set<T>(-std::numeric_limits<T>::infinity());
+      Vec<T> d = where_equal(a, masked, where_equal(b, masked, set<T>(0), a - b), a - b);
       if (k != kLanes<T>) d = first(d, k);
       total = fma(d, d, total);
       if (difference) store(difference + j, d);

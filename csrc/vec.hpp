@@ -425,6 +425,11 @@ template <int N, class T>
 inline Pack<N, T> constant(double x, const Pack<N, T>& like) {
   return each([x](auto) { return set<T>(T(x)); }, like);
 }
+// The smallest normal number.
+template <int N, class T>
+inline Pack<N, T> smallest(const Pack<N, T>& like) {
+  return constant(double(std::numeric_limits<T>::min()), like);
+}
 template <int N, class T>
 inline Pack<N, T> square(const Pack<N, T>& a) {
   return a * a;

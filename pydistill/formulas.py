@@ -39,6 +39,11 @@ def times(weight, x):
     return weight * torch.where(weight == 0, 0, x)
 
 
+def root(x):
+    """Square root; its derivative at 0, which is infinite, is taken as 0: q = 0 does not move."""
+    return torch.where(x == 0, 0, torch.where(x == 0, 1, x).sqrt())
+
+
 class Mixture(NamedTuple):
     """How p and q lie to ``m = weight * p + (1 - weight) * q``: log(p / m), log(q / m), p * q / m."""
 
@@ -110,8 +115,8 @@ DIVERGENCES = {
         d_log_q=lambda x, beta: times(x.q - x.p, x.q / abs(x.q - x.p)) / 2,
     ),
     "squared_hellinger": Divergence(
-        value=lambda x, beta: (x.q**0.5 - x.p**0.5) ** 2 / 2,
-        d_log_q=lambda x, beta: x.q**0.5 * (x.q**0.5 - x.p**0.5) / 2,
+        value=lambda x, beta: (root(x.q) - root(x.p)) ** 2 / 2,
+        d_log_q=lambda x, beta: root(x.q) * (root(x.q) - root(x.p)) / 2,
     ),
     "mse": Divergence(None, None, top_k=(), zeros=False),
     "dkd": Divergence(None, None, beta=8.0, largest_beta=math.inf, top_k=()),

@@ -92,7 +92,8 @@ def distillation_loss(
         labels: class indices ``(...)``, int64 or int32. May be None at alpha = 1.
         divergence: one of the names above.
         beta: the divergence's parameter, in [0, 1] (dkd: at least 0).
-        temperature: T > 0, a float or a 0-d tensor without gradient.
+        temperature: T > 0, a float or a 0-d tensor without gradient. It chooses the log-partition of a top-k teacher
+            with a bucket, so there it must be a float under torch.compile.
         alpha: weight of the soft term in [0, 1], a float or a 0-d tensor without gradient. A term whose weight is 0
             is not evaluated.
         t_squared: multiply the soft term by T^2, so that its gradient keeps its scale when T changes.

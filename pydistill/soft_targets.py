@@ -20,6 +20,7 @@ class SoftTargets:
         indices: the classes of a top-k teacher's logits, int64 ``(..., k)``; else None.
         log_partitions: ``{temperature: log-sum-exp of all the logits / temperature}``, float64 ``(...)``.
         tail: what a top-k teacher's other classes are: "renormalize" or "bucket".
+        has_zeros: whether these were probabilities, some of them exactly 0.
 
     Example:
         >>> import torch, pydistill
@@ -31,12 +32,12 @@ class SoftTargets:
         (True, SoftTargets(shape=(2, 3), dtype=torch.float32))
     """
 
-    __slots__ = ("_classes", "_probabilities", "indices", "log_partitions", "logits", "tail")
+    __slots__ = ("_classes", "has_zeros", "indices", "log_partitions", "logits", "tail")
 
-    def __init__(self, logits, *, indices=None, classes=None, log_partitions=None, tail=None, probabilities=False):
+    def __init__(self, logits, *, indices=None, classes=None, log_partitions=None, tail=None, zeros=False):
         """Use one of the ``from_*`` constructors."""
         self.logits, self.indices, self.log_partitions, self.tail = logits, indices, log_partitions or {}, tail
-        self._classes, self._probabilities = classes, probabilities
+        self._classes, self.has_zeros = classes, zeros
 
     @classmethod
     def from_logits(cls, logits) -> "SoftTargets":
@@ -65,19 +66,21 @@ class SoftTargets:
         if validate:
             _check_probs(probs)
         wide = probs if probs.dtype in (torch.float32, torch.float64) else probs.float()
-        return cls(wide.log(), probabilities=True)
+        return cls(wide.log(), zeros=bool((wide == 0).any()))
 
     @classmethod
     def from_log_probs(cls, log_probs) -> "SoftTargets":
         """From log-probabilities ``(..., C)``, as ``log_softmax`` or ``predict_log_proba`` give them; -inf is allowed.
 
-        A constant added to a row changes nothing: the rows are normalised at the temperature in use.
+        A constant added to a row changes nothing: the rows are normalised at the temperature in use. Only mse sees it:
+        it compares the student's logits with these numbers as they are.
 
         Raises:
             TypeError: not a floating-point tensor or array.
             ValueError: a scalar, which has no class dimension.
         """
-        return cls(_as_float_tensor(log_probs, "log_probs").detach(), probabilities=True)
+        log_probs = _as_float_tensor(log_probs, "log_probs").detach()
+        return cls(log_probs, zeros=bool((log_probs == -math.inf).any()))
 
     @classmethod
     def from_topk(cls, indices, logits, num_classes, *, log_partitions=None, tail="renormalize") -> "SoftTargets":
@@ -107,7 +110,10 @@ class SoftTargets:
             )
         if tail not in ("renormalize", "bucket"):
             raise ValueError(f'tail must be "renormalize" or "bucket", got {tail!r}')
-        indices = indices.long()
+        if indices.device != logits.device:
+            raise ValueError(f"indices and logits must be on one device, got {indices.device} and {logits.device}")
+        indices, order = indices.long().sort(-1)  # ascending, as the kernels walk a row
+        logits = logits.gather(-1, order)
         _check_indices(indices, num_classes)
         partitions = {float(t): _as_partition(t, x, logits) for t, x in dict(log_partitions or {}).items()}
         return cls(logits, indices=indices, classes=int(num_classes), log_partitions=partitions, tail=tail)
@@ -137,8 +143,17 @@ class SoftTargets:
                 raise ValueError(f"classes must be in [1, {have}], the number that the targets have; got {classes}")
             logits = self.logits[..., :classes]
         else:
-            logits = self.logits[..., torch.as_tensor(classes)]
-        return type(self)(logits, probabilities=self._probabilities)
+            classes = torch.as_tensor(classes)
+            if classes.dtype not in (torch.int64, torch.int32) or classes.dim() != 1:
+                raise TypeError(
+                    f"classes must be a number or a 1-D tensor of indices, got {classes.dtype} {classes.dim()}-D"
+                )
+            outside = (classes < 0) | (classes >= have)
+            if outside.any() or len(classes.unique()) < len(classes) or not len(classes):
+                rule = f"be in [0, {have})" if outside.any() else "be at least one, and none twice"
+                raise ValueError(f"classes must {rule}; got {classes.tolist()[:20]}")
+            logits = self.logits[..., classes]
+        return type(self)(logits, zeros=self.has_zeros)
 
     @property
     def shape(self) -> torch.Size:
@@ -146,10 +161,6 @@ class SoftTargets:
         if self.indices is None:
             return self.logits.shape
         return torch.Size((*self.logits.shape[:-1], self._classes))
-
-    def has_zeros(self) -> bool:
-        """Whether these were probabilities, some of them exactly 0."""
-        return self._probabilities and bool((self.logits == -math.inf).any())
 
     def __len__(self) -> int:
         return len(self.logits)
@@ -162,7 +173,7 @@ class SoftTargets:
             classes=self._classes,
             log_partitions={t: x[rows] for t, x in self.log_partitions.items()},
             tail=self.tail,
-            probabilities=self._probabilities,
+            zeros=self.has_zeros,
         )
 
     def __repr__(self) -> str:
@@ -190,7 +201,8 @@ def top_k(teacher_logits, k, temperatures=(1.0,), *, tail="renormalize") -> Soft
     logits = _as_float_tensor(teacher_logits, "teacher_logits").detach()
     if not isinstance(k, int) or not 0 < k <= logits.shape[-1]:
         raise ValueError(f"k must be a whole number in [1, {logits.shape[-1]}], the number of classes; got {k!r}")
-    values, indices = logits.topk(k, dim=-1)
+    indices = logits.topk(k, dim=-1, sorted=False).indices.sort(-1).values
+    values = logits.gather(-1, indices)  # in the order of the classes, which is the kernel's
     partitions = {float(t): _log_partition(logits, t) for t in temperatures}
     if tail not in ("renormalize", "bucket"):
         raise ValueError(f'tail must be "renormalize" or "bucket", got {tail!r}')
@@ -198,13 +210,13 @@ def top_k(teacher_logits, k, temperatures=(1.0,), *, tail="renormalize") -> Soft
 
 
 def _log_partition(logits, temperature):
-    """Log-sum-exp of logits / temperature in float64; the rows' sums are taken in at least float32."""
+    """Log-sum-exp of logits / temperature in float64: what the top k lack of it may be little."""
     if not 0 < temperature < math.inf:
         raise ValueError(f"temperatures must be positive and finite, got {temperature!r}")
-    top = logits.amax(-1, keepdim=True)
-    wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    sums = ((logits.to(wide) - top.to(wide)) / temperature).exp().sum(-1, dtype=torch.float64)
-    return top.squeeze(-1).double() / temperature + sums.log()
+    rows = logits.reshape(-1, logits.shape[-1])
+    step = max(1, (1 << 20) // rows.shape[-1])  # in float64, a few megabytes at a time
+    parts = [(part.double() / temperature).logsumexp(-1) for part in rows.split(step)]
+    return torch.cat(parts).reshape(logits.shape[:-1])
 
 
 def _as_partition(temperature, values, logits):
@@ -224,8 +236,7 @@ def _check_indices(indices, num_classes):
     if indices.shape[-1] > num_classes:
         raise ValueError(f"indices has {indices.shape[-1]} classes per row, of {num_classes} that there are")
     outside = ((rows < 0) | (rows >= num_classes)).any(-1)
-    ordered = rows.sort(-1).values
-    twice = (ordered[:, 1:] == ordered[:, :-1]).any(-1)
+    twice = (rows[:, 1:] == rows[:, :-1]).any(-1)
     if (outside | twice).any():
         row = int((outside | twice).nonzero()[0])
         rule = f"be in [0, {num_classes})" if outside[row] else "not repeat within a row"

@@ -99,11 +99,11 @@ def name(parameter):
     return str(parameter).removeprefix("torch.")
 
 
-every_divergence = pytest.mark.parametrize("divergence", KINDS)
+both_kinds = pytest.mark.parametrize("divergence", KINDS)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=name)
 
 
-@every_divergence
+@both_kinds
 @every_dtype
 @pytest.mark.parametrize("temperature", TEMPERATURES)
 def test_sizes(variant, divergence, dtype, temperature):
@@ -111,7 +111,7 @@ def test_sizes(variant, divergence, dtype, temperature):
         check(c, *make("normal", 1, c, dtype), divergence=divergence, temperature=temperature, alpha=0.7)
 
 
-@every_divergence
+@both_kinds
 @every_dtype
 @pytest.mark.parametrize("content", CONTENTS)
 def test_contents(variant, divergence, dtype, content):
@@ -124,7 +124,7 @@ def test_contents(variant, divergence, dtype, content):
             )
 
 
-@every_divergence
+@both_kinds
 @every_dtype
 @pytest.mark.parametrize("alpha", [0.0, 1.0])
 def test_one_term_alone(variant, divergence, dtype, alpha):
@@ -142,7 +142,7 @@ def test_one_term_alone(variant, divergence, dtype, alpha):
             )
 
 
-@every_divergence
+@both_kinds
 @every_dtype
 @pytest.mark.parametrize("teacher_dtype", DTYPES, ids=name)
 def test_teacher_of_any_dtype(variant, divergence, dtype, teacher_dtype):
@@ -151,7 +151,7 @@ def test_teacher_of_any_dtype(variant, divergence, dtype, teacher_dtype):
         check(c, *case, divergence=divergence, temperature=2.0, alpha=0.7)
 
 
-@every_divergence
+@both_kinds
 @pytest.mark.parametrize(
     ("classes", "dtype"),
     [(32000, torch.float32), (32000, torch.bfloat16), (130000, torch.float32), (130001, torch.float64)],
@@ -173,7 +173,7 @@ def test_gradient_larger_than_the_cache(variant):
     assert all(torch.equal(rows, first) for rows in others)
 
 
-@every_divergence
+@both_kinds
 @every_dtype
 @pytest.mark.parametrize("temperature", TEMPERATURES)
 def test_identical_inputs(variant, divergence, dtype, temperature):
@@ -189,7 +189,7 @@ def test_identical_inputs(variant, divergence, dtype, temperature):
                 assert row.double().norm() <= GRADIENT_BOUND[dtype] * size / 2, f"{content}, {c} classes"
 
 
-@every_divergence
+@both_kinds
 @every_dtype
 def test_divergence_is_not_negative(variant, divergence, dtype):
     for temperature in TEMPERATURES:
@@ -217,7 +217,7 @@ def torch_loss(student, teacher, labels, divergence, temperature, alpha):
 ULP = 2.0**-23  # of float32
 
 
-@every_divergence
+@both_kinds
 @pytest.mark.parametrize("content", CONTENTS)
 def test_at_most_twice_torchs_own_error(variant, divergence, content):
     """The root mean square of the error over rows and temperatures, each in the contract's unit, beside torch's.

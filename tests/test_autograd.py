@@ -25,7 +25,7 @@ OPTIONS = {
     },
 }
 every_option = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-every_divergence = pytest.mark.parametrize("divergence", KINDS)
+both_kinds = pytest.mark.parametrize("divergence", KINDS)
 every_reduction = pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 every_dtype = pytest.mark.parametrize(
     "dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=lambda dtype: str(dtype)[6:]
@@ -52,14 +52,14 @@ def close(got, want):
 
 
 class TestDerivatives:
-    @every_divergence
+    @both_kinds
     @every_reduction
     @every_option
     def test_first_order(self, variant, divergence, reduction, options):
         student, teacher = logits()
         assert gradcheck(lambda s: distill(s, teacher, divergence=divergence, reduction=reduction, **options), student)
 
-    @every_divergence
+    @both_kinds
     @every_reduction
     @every_option
     def test_second_order(self, divergence, reduction, options):
@@ -68,7 +68,7 @@ class TestDerivatives:
             lambda s: distill(s, teacher, divergence=divergence, reduction=reduction, **options), student
         )
 
-    @every_divergence
+    @both_kinds
     @every_reduction
     @every_dtype
     def test_gradient_penalty(self, variant, divergence, reduction, dtype):
@@ -207,7 +207,7 @@ class TestNoGradient:
 class TestInPlace:
     @every_reduction
     @every_dtype
-    @every_divergence
+    @both_kinds
     def test_equals_the_other_and_shares_the_storage(self, variant, reduction, dtype, divergence):
         leaf, teacher = logits(dtype)
         grad_output = torch.tensor([1.0, -2.0, 3.0, 0.5]) if reduction == "none" else torch.tensor(2.0)

@@ -103,10 +103,15 @@ def test_distilbert_first_two_terms(variant):
 
 
 def test_the_tutorial_divides_by_the_classes_too(variant):
+    """And it takes probabilities for logits: what it computes is ours with them passed as plain logits."""
     student, teacher, _ = batch()
-    theirs = F.kl_div((student / T).log_softmax(-1), (teacher / T).softmax(-1), reduction="mean")
-    ours = pydistill.distillation_loss(student, teacher, temperature=T, t_squared=False, alpha=1.0)
-    assert_same(ours / student.shape[-1], theirs, student)
+    probs = teacher.softmax(-1)
+    theirs = F.kl_div((student / T).log_softmax(-1), (probs / T).softmax(-1), reduction="mean")
+    options = {"temperature": T, "t_squared": False, "alpha": 1.0}
+    as_logits = pydistill.SoftTargets.from_logits(probs)
+    assert_same(pydistill.distillation_loss(student, as_logits, **options) / student.shape[-1], theirs, student)
+    right = pydistill.distillation_loss(student, pydistill.SoftTargets.from_probs(probs), **options)
+    torch.testing.assert_close(right, pydistill.distillation_loss(student, teacher, **options), rtol=1e-9, atol=1e-12)
 
 
 def test_every_divergence_is_on_the_page():

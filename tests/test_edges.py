@@ -17,7 +17,7 @@ from pydistill.engine import checks
 INF, NAN = math.inf, math.nan
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
-every_divergence = pytest.mark.parametrize("divergence", KINDS)
+both_kinds = pytest.mark.parametrize("divergence", KINDS)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 # One block of a kernel and its tail; several blocks, which may be masked as a whole.
 every_size = pytest.mark.parametrize("classes", [5, 2500])
@@ -86,7 +86,7 @@ def test_teacher_without_mass_on_a_class_makes_reverse_kl_infinite(variant, clas
 # --- Student and teacher both -inf on a class -----------------------------------------------------------------
 
 
-@every_divergence
+@both_kinds
 @every_input
 def test_class_masked_in_both_does_not_exist(variant, divergence, classes, dtype):
     for masked, temperature in product(classes_to_mask(classes), (1.0, 2.5)):
@@ -140,7 +140,7 @@ def spoil(row, how):
     row[at] = float(value)
 
 
-@every_divergence
+@both_kinds
 @every_input
 @pytest.mark.parametrize("whose", ["student", "teacher"])
 def test_row_that_has_no_softmax_is_nan_and_the_others_untouched(variant, divergence, classes, dtype, whose):
@@ -184,7 +184,7 @@ def test_nan_row_makes_the_mean_nan_but_no_other_row_of_its_gradient(variant):
 # --- Nothing counts -------------------------------------------------------------------------------------------
 
 
-@every_divergence
+@both_kinds
 @every_dtype
 @pytest.mark.parametrize("why", ["ignored", "weight 0", "no rows", "no rows, 3-D"])
 def test_no_row_counts(variant, divergence, dtype, why):
@@ -220,7 +220,7 @@ def test_cross_entropy_where_only_the_soft_term_has_rows(variant):
 # --- Large logits, one class ----------------------------------------------------------------------------------
 
 
-@every_divergence
+@both_kinds
 @every_input
 def test_large_logits(variant, divergence, classes, dtype):
     student, teacher, labels = make(4, classes, dtype)
@@ -237,7 +237,7 @@ def test_large_logits(variant, divergence, classes, dtype):
         assert_accurate(*got, student, teacher, labels, **options)
 
 
-@every_divergence
+@both_kinds
 @every_dtype
 def test_one_class(variant, divergence, dtype):
     student, teacher, labels = make(3, 1, dtype)
@@ -390,7 +390,7 @@ def test_option_out_of_range(variant, name, value):
             pydistill.distillation_loss(student, teacher, labels, divergence=divergence, **{name: given})
 
 
-@every_divergence
+@both_kinds
 def test_missing_teacher_or_labels(variant, divergence):
     student, teacher, labels = make(2, 5)
     for alpha in (0.0, 0.5, 0.999):
@@ -422,7 +422,7 @@ def test_integer_logits_and_options_that_require_a_gradient(variant, arguments, 
 # --- Derivatives ----------------------------------------------------------------------------------------------
 
 
-@every_divergence
+@both_kinds
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
 def test_second_derivative(variant, divergence, reduction, dtype):
@@ -448,7 +448,7 @@ def test_second_derivative(variant, divergence, reduction, dtype):
     assert got[1].abs().max() > 1e-3
 
 
-@every_divergence
+@both_kinds
 @every_dtype
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_backward_twice_with_a_retained_graph(variant, divergence, dtype, reduction):
@@ -466,7 +466,7 @@ def test_backward_twice_with_a_retained_graph(variant, divergence, dtype, reduct
     assert torch.equal(gradients[0], gradients[3])
 
 
-@every_divergence
+@both_kinds
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_backward_twice_without_a_retained_graph_is_torchs_error(variant, divergence, reduction):
     student, teacher, labels = make(3, 5)
@@ -480,7 +480,7 @@ def test_backward_twice_without_a_retained_graph_is_torchs_error(variant, diverg
 # --- Offsets beyond 2^31 --------------------------------------------------------------------------------------
 
 
-@every_divergence
+@both_kinds
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["float32", "float16"])
 def test_rows_more_than_2_to_the_31_elements_apart(variant, divergence, dtype, tmp_path):
     """Student, teacher and the gradient in place; the storage is a sparse file, of which a few pages exist."""

@@ -15,7 +15,7 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 OPTIONS = {"temperature": 2.0, "alpha": 0.7}
 N, C = 3, 37
 
-every_divergence = pytest.mark.parametrize("divergence", KINDS)
+both_kinds = pytest.mark.parametrize("divergence", KINDS)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 
 
@@ -67,7 +67,7 @@ every_layout = pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: lay
 # --- Layouts --------------------------------------------------------------------------------------------------
 
 
-@every_divergence
+@both_kinds
 @every_dtype
 @every_layout
 def test_layouts(variant, divergence, dtype, layout):
@@ -94,7 +94,7 @@ def test_gradient_in_place_stays_within_the_rows(variant, layout):
     assert storage[outside].isnan().all()
 
 
-@every_divergence
+@both_kinds
 def test_expanded_rows(variant, divergence):
     student, teacher, labels = make()
     s, t, y = student[:1].expand(N, C), teacher[1:2].expand(N, C), labels[:1].expand(N)
@@ -165,7 +165,7 @@ class Subclass(torch.Tensor):
     """A tensor subclass: its loss is the differentiable torch formula."""
 
 
-@every_divergence
+@both_kinds
 @pytest.mark.parametrize("shape", [(), (3,), (2, 3), (2, C), (4, 0), (2, 1, 3)])
 def test_torch_formula_takes_the_last_dimension_for_the_classes(divergence, shape):
     """(2, C, C) is where the wrong one would fit as well."""
@@ -204,7 +204,7 @@ def test_metrics_of_three_dimensions(variant):
 # --- dtypes ---------------------------------------------------------------------------------------------------
 
 
-@every_divergence
+@both_kinds
 @every_dtype
 @pytest.mark.parametrize("teacher_dtype", DTYPES, ids=lambda dtype: f"teacher {dtype}".replace("torch.", ""))
 def test_teacher_of_any_dtype(variant, divergence, dtype, teacher_dtype):
@@ -255,7 +255,7 @@ def test_teacher_gets_no_gradient(variant):
 # --- SoftTargets ----------------------------------------------------------------------------------------------
 
 
-@every_divergence
+@both_kinds
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.5])
 def test_soft_targets_agree(variant, divergence, temperature):
     """Logits, log-probabilities up to a constant and probabilities of one teacher, at any temperature."""

@@ -14,7 +14,7 @@ NAN = math.nan
 N, C = 6, 9
 REDUCTIONS = ("mean", "sum", "none")
 DTYPES = (torch.float32, torch.float64, torch.float16)
-every_divergence = pytest.mark.parametrize("divergence", KINDS)
+both_kinds = pytest.mark.parametrize("divergence", KINDS)
 every_reduction = pytest.mark.parametrize("reduction", REDUCTIONS)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 
@@ -96,7 +96,7 @@ CASES = {
 # --- Against the reference ------------------------------------------------------------------------------------
 
 
-@every_divergence
+@both_kinds
 @pytest.mark.parametrize("options", CASES.values(), ids=CASES)
 def test_options(variant, divergence, options):
     for reduction in REDUCTIONS:
@@ -126,7 +126,7 @@ def test_num_items_as_a_pair_of_tensors(variant):
     assert_close(loss, reference.loss(student, teacher, labels, num_items=(5.0, 4.0)), torch.float32)
 
 
-@every_divergence
+@both_kinds
 def test_num_items_adds_micro_batches_up_to_the_batch(variant, divergence):
     student, teacher, labels = make(torch.float64)
     options = {"divergence": divergence, "class_weight": CLASS_WEIGHT, "unlabeled": "distill"}
@@ -139,7 +139,7 @@ def test_num_items_adds_micro_batches_up_to_the_batch(variant, divergence):
     torch.testing.assert_close(sum(parts), whole, rtol=1e-12, atol=0)
 
 
-@every_divergence
+@both_kinds
 def test_rows_that_do_not_count_are_not_looked_at(variant, divergence):
     """The other rows give, to the bit, what they give alone; NaN and inf in these do not show."""
     student, teacher, labels = make()
@@ -159,7 +159,7 @@ def test_rows_that_do_not_count_are_not_looked_at(variant, divergence):
         assert (gradient[[1, 2, 4]] == 0).all()
 
 
-@every_divergence
+@both_kinds
 def test_distill_keeps_the_soft_term_of_unlabelled_rows_alone(variant, divergence):
     student, teacher, labels = make()
     options = {"divergence": divergence, "reduction": "none", "temperature": 2.0}
@@ -221,7 +221,7 @@ def numbers(metrics):
     return [float(metrics.agreement), float(metrics.accuracy), *map(float, metrics.num_items)]
 
 
-@every_divergence
+@both_kinds
 @every_reduction
 @pytest.mark.parametrize("name", ["defaults", "temperature", "everything", "alpha 0", "alpha 1", "t_squared"])
 def test_loss_terms(variant, divergence, reduction, name):
@@ -287,7 +287,7 @@ def test_ties_between_distant_classes(variant):
         assert numbers(metrics) == [1, 0, 1, 1]
 
 
-@every_divergence
+@both_kinds
 def test_terms_that_are_not_evaluated_are_nan(variant, divergence):
     student, teacher, labels = make()
     right = (student.argmax(-1) == labels)[labels >= 0].double().mean().item()
@@ -332,7 +332,7 @@ class Subclass(torch.Tensor):
     """A tensor subclass: its loss is the differentiable torch formula."""
 
 
-@every_divergence
+@both_kinds
 @every_reduction
 @pytest.mark.parametrize("name", CASES)
 def test_torch_formula_agrees(divergence, reduction, name):

@@ -111,21 +111,44 @@ def test_ignored_rows_hold_anything(variant):
     assert (gradient[2] == 0).all()
 
 
-def test_a_peaked_row_keeps_its_rest(variant):
-    """The student's rest is 1e-9 of its mass: 1 - sum would be 0, and the loss infinite."""
+@pytest.mark.parametrize("divergence", [name for name, tail in FORMS if tail == "bucket"])
+def test_a_peaked_row_keeps_its_rest(variant, divergence):
+    """The student's rest is 1e-9 of its mass: 1 - sum would be 0, and the loss infinite. The teacher's is 1e-7."""
     student, teacher, _ = batch(2, 16, torch.float64)
     student[:, 3] = 25
-    teacher[:, 3] = 12
+    teacher[:, 3], teacher[:, 9] = 20, 20
+    student, teacher = student.float(), teacher.float()
     targets = pydistill.top_k(teacher, 2, tail="bucket")
-    got = computed(student.float(), targets, alpha=1.0)
-    want = computed(student, targets, alpha=1.0)
-    torch.testing.assert_close(got[0].double(), want[0], rtol=1e-5, atol=0)
-    far = student.float()
+    options = {"divergence": divergence, "alpha": 1.0}
+    got = computed(student, targets, **options)
+    want = computed(student.double(), targets, **options)
+    torch.testing.assert_close(got[0].double(), want[0], rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(got[1].double(), want[1], rtol=1e-5, atol=1e-6)
+    far = student.clone()
     far[:, 3] = 1e4
-    loss, gradient = computed(far, targets, alpha=1.0)
+    loss, gradient = computed(far, targets, **options)
     assert loss.isfinite()
     assert gradient.isfinite().all()
-    assert loss > 10
+
+
+@pytest.mark.parametrize("spoiled", [0, 2])
+def test_nan_in_the_only_class_of_the_rest(variant, spoiled):
+    student, teacher, _ = batch(3, 3)
+    student[:, spoiled], teacher[:, spoiled] = -50, -50
+    targets = pydistill.top_k(teacher, 2, tail="bucket")
+    student[1, spoiled] = math.nan
+    loss, gradient = computed(student, targets, alpha=1.0, reduction="none")
+    assert loss[1].isnan()
+    assert gradient[1].isnan().all()
+    assert loss[[0, 2]].isfinite().all()
+
+
+def test_ties_go_to_the_lowest_class(variant):
+    targets = SoftTargets.from_topk(torch.tensor([[5, 2]]), torch.ones(1, 2), 8)
+    student = torch.zeros(1, 8)
+    student[0, 2] = 1.0
+    _, metrics = pydistill.distillation_loss(student, targets, alpha=1.0, return_metrics=True)
+    assert metrics.agreement == 1
 
 
 def test_no_dense_teacher(variant):
@@ -246,6 +269,11 @@ class TestVocabulary:
 
     def test_refused(self):
         targets = SoftTargets.from_logits(torch.zeros(2, 10))
+        for classes in ([1, 1], [-1], [10], []):
+            with pytest.raises(ValueError, match="classes must"):
+                targets.select_classes(torch.tensor(classes, dtype=torch.long))
+        with pytest.raises(TypeError, match="classes must be a number or a 1-D tensor"):
+            targets.select_classes(torch.ones(10, dtype=torch.bool))
         with pytest.raises(ValueError, match=r"in \[1, 10\]"):
             targets.select_classes(11)
         with pytest.raises(ValueError, match="select first"):

@@ -140,8 +140,9 @@ def check_tensors(student, teacher, labels, sample_weight, class_weight, *, soft
 
 
 def _check_teacher(teacher, student):
-    indices, shape = None, None
+    indices, shape, targets = None, None, "SoftTargets.from_logits(teacher)"
     if isinstance(teacher, SoftTargets):
+        targets = "teacher" if teacher.indices is None else "the targets, before the top k are taken,"
         indices, shape, teacher = teacher.indices, teacher.shape, teacher.logits
     elif isinstance(teacher, Tensor):
         shape = teacher.shape
@@ -152,13 +153,13 @@ def _check_teacher(teacher, student):
     if shape != student.shape:
         raise ValueError(
             f"teacher must have the shape of student_logits, got teacher {tuple(shape)} and "
-            f"student_logits {tuple(student.shape)}{_shape_hint(shape, student.shape)}"
+            f"student_logits {tuple(student.shape)}{_shape_hint(shape, student.shape, targets)}"
         )
     _check_device("teacher", teacher, student)
     return teacher, indices
 
 
-def _shape_hint(teacher, student):
+def _shape_hint(teacher, student, targets):
     def moved(shape):
         return (shape[0], *shape[2:], shape[1])
 
@@ -169,7 +170,7 @@ def _shape_hint(teacher, student):
     if len(teacher) and teacher[:-1] == student[:-1] and teacher[-1] > student[-1]:
         return (
             f"; if the teacher's last classes are padding, or not the student's, pass "
-            f"SoftTargets.from_logits(teacher).select_classes({student[-1]}), or the indices of the student's classes"
+            f"{targets}.select_classes({student[-1]}), or the indices of the student's classes"
         )
     return ""
 
@@ -183,7 +184,7 @@ def check_teacher_form(teacher, labels, options):
         raise ValueError("labels must be given with divergence='dkd', which tells the label from the other classes")
     if not isinstance(teacher, SoftTargets):
         return None
-    if not entry.zeros and teacher.has_zeros():
+    if not entry.zeros and teacher.has_zeros:
         raise ValueError(
             f"teacher: {divergence} compares logits, and a probability of 0 has none; use forward_kl or jsd"
         )

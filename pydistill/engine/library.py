@@ -53,6 +53,10 @@ def traced_loss(
     if divergence not in DIVERGENCES:
         raise ValueError(f"divergence must be one of {', '.join(DIVERGENCES)}; got {divergence!r}")
     plain_teacher = isinstance(teacher, Tensor)
+    if isinstance(teacher, SoftTargets) and teacher.has_zeros and not DIVERGENCES[divergence].zeros:
+        raise ValueError(
+            f"teacher: {divergence} compares logits, and a probability of 0 has none; use forward_kl or jsd"
+        )
     partitions = _partitions(teacher, temperature)
     teacher, sample_weight, class_weight, indices = check_tensors(
         student, teacher, labels, sample_weight, class_weight, soft=teacher is not None, hard=False
@@ -88,6 +92,8 @@ def traced_loss(
 def _partitions(teacher, temperature):
     """The log-partitions of a top-k teacher with a bucket; which ones must be known when the graph is made."""
     if not isinstance(teacher, SoftTargets) or teacher.tail != "bucket":
+        return None
+    if teacher.indices.shape[-1] == teacher.shape[-1]:
         return None
     if isinstance(temperature, Tensor):
         raise ValueError(

@@ -52,11 +52,12 @@ def mse_row(s, t, soft_scale, settings, scratch):
     total = 0.0
     for j in range(len(s)):
         d = float(s[j]) - float(t[j])
-        if s[j] == t[j]:
+        if s[j] == -math.inf and t[j] == -math.inf:
             d = 0.0
         total += d * d
         scratch.teacher[j] = d
-    return total / len(s), (0.0, 2 * soft_scale / len(s))
+    by_difference = math.nan if math.isnan(total) else 2 * soft_scale / len(s)
+    return total / len(s), (0.0, by_difference)
 
 
 @_njit
@@ -168,10 +169,12 @@ def _kernel(name, topk):
                 without_s[index[j]] = lowest
             sums = scan(without_s, without_t, settings, scratch)
             if k > 0:  # of nothing but lowest: no rest
-                student_total = sums.student if sums.student_max != lowest else 0.0
-                hard_total = sums.hard if sums.student_max != lowest else 0.0
-                teacher_total = sums.teacher if sums.teacher_max != lowest else 0.0
-                cross = sums.cross if sums.teacher_max != lowest else 0.0
+                no_rest = sums.student_max == lowest and not math.isnan(sums.student)  # a NaN, no maximum either, stays
+                no_teacher_rest = sums.teacher_max == lowest and not math.isnan(sums.teacher)
+                student_total = 0.0 if no_rest else sums.student
+                hard_total = 0.0 if no_rest else sums.hard
+                teacher_total = 0.0 if no_teacher_rest else sums.teacher
+                cross = 0.0 if no_teacher_rest else sums.cross
                 sums = _Sums(
                     student_total,
                     teacher_total,

@@ -242,6 +242,12 @@ def _times_of_scalars(weight, x):
     return times
 
 
+@overload(formulas.root)
+def _root_of_scalar(x):
+    """`formulas.root` where numba compiles a divergence."""
+    return lambda x: math.sqrt(x)
+
+
 @overload(formulas.mixture)
 def _mixture_of_scalars(x, weight):
     """`formulas.mixture` where numba compiles a divergence."""

@@ -103,7 +103,8 @@ def _soft_term(s, t, options, labels, indices, partitions):
     """Value per row with T^2, and its gradient with respect to s."""
     value = soft_value(s, t, labels, options, indices, partitions)
     if options.divergence == "mse":
-        return value, torch.where(s == t, 0, s - t) * (2 / s.shape[-1])
+        difference = torch.where((s == -math.inf) & (t == -math.inf), 0, s - t)
+        return value, torch.where(value.isnan().unsqueeze(-1), math.nan, difference * (2 / s.shape[-1]))
     units = options.temperature**2 if options.t_squared else 1.0
     scale = units / options.temperature
     if options.divergence == "dkd":

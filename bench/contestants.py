@@ -32,6 +32,8 @@ LEGEND = {
     "pydistill": "distillation_loss, gradient in fresh memory",
     "pydistill in place": "inplace=True",
     "pydistill in place, metrics": "and return_metrics=True",
+    "matrix products": "behind a head: the four products alone, all rows at once",
+    "pydistill, top 64": "behind a head: the teacher's 64 largest logits, cached",
     "limit": "c = a + b over the case's bytes, streaming stores past the cache",
     "limit in place": "a = a + b",
     "torch.add": "torch.add(a, b, out=c)",
@@ -69,17 +71,20 @@ def contestants(case) -> tuple[dict[str, Contestant], dict[str, str]]:
     loss = partial(_pydistill, options)
     if case.k:
         return _topk_contestants(case, eager, options), missing
-    step = _stepper(case, _with_head(loss) if head else loss)
+    step = _stepper(case, loss)
     found["pydistill"] = Contestant(step)
-    if case.backward:
-        in_place = partial(_pydistill, options | {"inplace": True})
-        found["pydistill in place"] = Contestant(_stepper(case, _with_head(in_place) if head else in_place))
-    if case.backward and not head and case.threads == 1:
-        with_metrics = partial(_pydistill, options | {"inplace": True, "return_metrics": True})
-        found["pydistill in place, metrics"] = Contestant(_stepper(case, lambda s, t, y: with_metrics(s, t, y)[0]))
+    in_place = partial(_pydistill, options | {"inplace": True})
     if head:
+        found["pydistill"] = Contestant(_stepper(case, partial(_pydistill_head, options)))
+        found["pydistill in place"] = Contestant(_stepper(case, _with_head(in_place)))
+        _add_head_limits(case, found, options)
         _add_peers(case, found, missing)
         return found, missing
+    if case.backward:
+        found["pydistill in place"] = Contestant(_stepper(case, in_place))
+    if case.backward and case.threads == 1:
+        with_metrics = partial(_pydistill, options | {"inplace": True, "return_metrics": True})
+        found["pydistill in place, metrics"] = Contestant(_stepper(case, lambda s, t, y: with_metrics(s, t, y)[0]))
     for name in NAMES[1:]:
         large = case.elements > _LARGE and (name == "torch" or case.divergence != "forward_kl")
         if large and case != Case():
@@ -147,6 +152,36 @@ def formulas(case):
 
 def _pydistill(options, s, t, y):
     return pydistill.distillation_loss(s, t, y, **options)
+
+
+def _pydistill_head(options, hidden, weight, teacher_hidden, teacher_weight, y):
+    teacher = pydistill.LinearTeacher(teacher_hidden, teacher_weight)
+    return pydistill.linear_distillation_loss(hidden, weight, teacher, y, **options)
+
+
+def _add_head_limits(case, found, options):
+    """The matrix products that any loss behind a head needs, on all rows at once; and a teacher without its own."""
+
+    def products(leaves, constants):
+        hidden, weight = (x.detach() for x in leaves)
+        if case.alpha > 0:
+            constants[0] @ constants[1].T
+        logits = hidden @ weight.T
+        _ = logits @ weight, logits.T @ hidden
+        return None, None
+
+    found["matrix products"] = Contestant(products)
+    if case.alpha == 0:
+        return
+    made = {}
+
+    def top_64(hidden, weight, teacher_hidden, teacher_weight, y):
+        if not made:
+            logits = teacher_hidden @ teacher_weight.T
+            made["teacher"] = pydistill.top_k(logits, 64, temperatures=(case.temperature,), tail="bucket")
+        return pydistill.linear_distillation_loss(hidden, weight, made["teacher"], y, **options)
+
+    found["pydistill, top 64"] = Contestant(partial(_unchecked, _stepper(case, top_64)))
 
 
 def _topk_contestants(case, eager, options):

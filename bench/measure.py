@@ -5,6 +5,7 @@ import random
 import statistics
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -42,32 +43,41 @@ def fresh(leaves):
     return tuple(x.clone() for x in leaves)
 
 
-def error(case, contestant, leaves, constants) -> float:
+class Exact(NamedTuple):
+    """A case in float64: gradients of some rows, or of all behind a head; or losses with and without the entropy."""
+
+    gradients: tuple = ()
+    kl: float = 0.0
+    cross_entropy: float = 0.0
+
+
+def exact(case, leaves, constants) -> Exact:
+    """What every contestant of the case is compared with."""
+    if not case.backward:
+        return Exact((), *(_exact_loss(case, *leaves, *constants, is_kl) for is_kl in (True, False)))
+    if case.hidden:
+        hidden, weight, teacher_hidden, teacher_weight = (x.detach().double() for x in (*leaves, *constants[:2]))
+        of_logits = _exact_gradient(case, hidden @ weight.T, teacher_hidden @ teacher_weight.T, constants[-1])
+        return Exact((of_logits @ weight, of_logits.T @ hidden))
+    if case.k or case.divergence != "forward_kl":
+        return Exact((_gradient_of_eager(case, leaves[0], *constants),))
+    rows = slice(_CHECKED_ROWS)
+    s, t, y = leaves[0].detach()[rows].double(), constants[0][rows].double(), constants[1][rows]
+    return Exact((_exact_gradient(case, s, t, y),))
+
+
+def error(case, contestant, leaves, constants, want: Exact) -> float:
     """Relative error against float64: the gradients' in norm, or the loss's where the case is forward only."""
     with contestant.context():
         loss, gradients = contestant.step(fresh(leaves), constants)
     if gradients is None and (case.backward or loss is None):
         return 0.0  # a limit
     if not case.backward:
-        exact = _exact_loss(case, *leaves, *constants, contestant.value_is_kl)
-        return abs(float(loss) - exact) / abs(exact)
+        value = want.kl if contestant.value_is_kl else want.cross_entropy
+        return abs(float(loss) - value) / abs(value)
     return max(
-        float((got.double() - want).norm() / want.norm())
-        for got, want in zip(*_comparable(case, gradients, leaves, constants), strict=True)
+        float((got[: len(x)].double() - x).norm() / x.norm()) for got, x in zip(gradients, want.gradients, strict=True)
     )
-
-
-def _comparable(case, gradients, leaves, constants):
-    """Computed and exact gradients: of the first rows where rows stand alone, all of them behind a head."""
-    if case.hidden:
-        hidden, weight, teacher_hidden, teacher_weight = (x.detach().double() for x in (*leaves, *constants[:2]))
-        exact = _exact_gradient(case, hidden @ weight.T, teacher_hidden @ teacher_weight.T, constants[-1])
-        return gradients, (exact @ weight, exact.T @ hidden)
-    rows = slice(_CHECKED_ROWS)
-    if case.k or case.divergence != "forward_kl":
-        return (gradients[0][rows],), (_gradient_of_eager(case, leaves[0], *constants),)
-    s, t, y = leaves[0].detach()[rows].double(), constants[0][rows].double(), constants[1][rows]
-    return (gradients[0][rows],), (_exact_gradient(case, s, t, y),)
 
 
 def _exact_gradient(case, s, t, y):
@@ -122,9 +132,9 @@ def paired_times(contestants, inputs, pairs, progress):
 
 
 def number_of_pairs(case, contestants, inputs, budget) -> int:
-    """As many rounds as fit into ``budget`` seconds: at least 4, at least 30 where a round takes under a second."""
-    if case.elements > 1 << 24:
-        return 4
+    """As many rounds as fit into ``budget`` seconds: at least 30 where one takes under a second; 4 or 3 if large."""
+    if case.elements > 1 << 23:
+        return 4 if case.divergence == "forward_kl" else 3
     round_ = sum(seconds(c, *inputs) for c in contestants.values())  # validation has warmed up
     return max(30 if round_ < 1 else 5, min(2000, int(budget / round_)))
 

@@ -17,7 +17,8 @@ import torch  # noqa: F401  before the compiled core, so that both use torch's O
 
 from pydistill.engine.backend import BackendInfo, backend_info, use_backend
 from pydistill.functional import LossMetrics, distillation_loss
-from pydistill.losses import DistillationLoss
+from pydistill.linear import LinearTeacher, linear_distillation_loss
+from pydistill.losses import DistillationLoss, LinearDistillationLoss
 from pydistill.soft_targets import SoftTargets, top_k
 from pydistill.trainer import Trainer
 
@@ -29,11 +30,14 @@ except _metadata.PackageNotFoundError:  # a checkout that was never installed
 __all__ = [
     "BackendInfo",
     "DistillationLoss",
+    "LinearDistillationLoss",
+    "LinearTeacher",
     "LossMetrics",
     "SoftTargets",
     "Trainer",
     "backend_info",
     "distillation_loss",
+    "linear_distillation_loss",
     "top_k",
     "use_backend",
 ]

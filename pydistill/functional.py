@@ -193,10 +193,11 @@ def distillation_loss(
     loss, outcome = autograd.run(batch, inplace, return_metrics)
     if outcome.teacher_sums_to_one and type(teacher) is Tensor:
         warn_of_probabilities()
-    return (loss, _metrics(outcome, student_logits)) if return_metrics else loss
+    return (loss, make_metrics(outcome, student_logits)) if return_metrics else loss
 
 
-def _metrics(outcome, student_logits) -> LossMetrics:
+def make_metrics(outcome, student_logits) -> LossMetrics:
+    """Of an outcome; ``student_logits`` give the rows' shape, the dtype and the device."""
     dtype = loss_dtype(student_logits)
     values = outcome[1:7]
     if any(isinstance(x, Tensor) for x in values):
@@ -211,4 +212,4 @@ def _metrics(outcome, student_logits) -> LossMetrics:
 
 
 def _with_metrics(outcome, student_logits, return_metrics):
-    return (outcome.loss, _metrics(outcome, student_logits)) if return_metrics else outcome.loss
+    return (outcome.loss, make_metrics(outcome, student_logits)) if return_metrics else outcome.loss

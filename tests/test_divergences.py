@@ -389,3 +389,23 @@ def test_reference_of_the_skews():
     want = 0.9 * math.log(0.9 / 0.54) + 0.1 * math.log(0.1 / 0.46)
     assert float(kl(p.log(), (0.1 * p + 0.9 * q).log())) == pytest.approx(want)
     assert float(row_divergence("skew_forward_kl", q.log(), p.log(), 1.0)) == pytest.approx(want)
+
+
+@pytest.mark.parametrize("k", [0, 4])
+@pytest.mark.parametrize("alpha", [0.6, 1.0])
+@every_divergence
+def test_in_place_gives_the_same_gradient(variant, divergence, alpha, k):
+    """Nothing of a row may be read after its gradient is over it: not by one class of it."""
+    student, teacher, labels = inputs(9, 50)
+    targets = teacher
+    if k:
+        tail = next(iter(reversed(DIVERGENCES[divergence].top_k)), None)
+        if tail is None:
+            pytest.skip(f"{divergence} takes no top-k teacher")
+        targets = pydistill.top_k(teacher, k, temperatures=(2.0,), tail=tail)
+    options = {"divergence": divergence, "temperature": 2.0, "alpha": alpha, "label_smoothing": 0.1}
+    options["class_weight"] = torch.rand(50)
+    want = computed(student, targets, labels, **options)[1]
+    leaf = student.clone().requires_grad_()
+    pydistill.distillation_loss(leaf * 1, targets, labels, inplace=True, **options).backward()
+    torch.testing.assert_close(leaf.grad, want, rtol=0, atol=0)

@@ -6,6 +6,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+import pydistill
+
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
@@ -29,3 +31,25 @@ def test_distilbert_loss():
     want = 5 * 4 * soft + 2 * F.cross_entropy(logits, labels.flatten())
     want = want + (1 - F.cosine_similarity(hidden, teacher_hidden)).mean()
     torch.testing.assert_close(example.distilbert_loss(student, teacher, tokens, labels)[0], want, rtol=1e-4, atol=1e-5)
+
+
+def test_language_model():
+    example = load("language_model")
+    torch.manual_seed(0)
+    texts = example.paragraphs()
+    tokens, labels = example.make_batch(texts[:4])
+    student, teacher = example.GPT(16, 1), example.GPT(32, 1)
+    hidden, targets = student(tokens), example.linear_teacher(teacher, tokens)
+    weight = student.embed.weight
+    loss = pydistill.linear_distillation_loss(hidden, weight, targets, labels, **example.OPTIONS)
+    want = example.eager_loss(hidden, weight, *targets.head[:2], labels)
+    torch.testing.assert_close(loss, want)
+    for got, expected in zip(
+        torch.autograd.grad(loss, student.parameters(), retain_graph=True),
+        torch.autograd.grad(want, student.parameters()),
+        strict=True,
+    ):
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-6)
+
+    results = example.main(texts[:640], teacher_epochs=1, epochs=1)
+    assert all(value < 7 for value in results.values())  # uniform: log 2000 = 7.6

@@ -20,7 +20,7 @@ class _Call:
 
 def run(batch: Batch, inplace: bool, metrics: bool):
     """Loss of a checked batch of any number of dimensions: ``(loss, Outcome)``, differentiable in the student."""
-    why = _why_formula(batch)
+    why = why_formula(batch[:7])
     if why is not None:
         backend.last_call.text = f"torch formula: {why}" + ("; inplace ignored" if inplace else "")
         return _run_formula(batch, metrics)
@@ -68,8 +68,7 @@ class _FusedLoss(torch.autograd.Function):
         constants = batch[1:7]
         call.inference = None
         if True in [x is not None and x.is_inference() for x in constants]:
-            call.inference = [x if x is not None and x.is_inference() else None for x in constants]
-            constants = [None if kept is x else x for kept, x in zip(call.inference, constants, strict=True)]
+            call.inference, constants = split_inference(constants)
         ctx.save_for_backward(gradient, student, *constants)
         call.batch = batch.options
         return outcome.loss
@@ -107,6 +106,12 @@ class _FusedLoss(torch.autograd.Function):
 _apply = super(torch.autograd.Function, _FusedLoss).apply
 
 
+def split_inference(tensors):
+    """``(those of inference_mode, the others)``, each with None in the other's places."""
+    kept = [x if x is not None and x.is_inference() else None for x in tensors]
+    return kept, [None if k is not None else x for k, x in zip(kept, tensors, strict=True)]
+
+
 def _second_order(batch, grad_output):
     """The gradient as differentiable operations: the fused pass has none, and dropping them silently is wrong."""
     with torch.enable_grad():
@@ -116,25 +121,20 @@ def _second_order(batch, grad_output):
 
 def flatten(batch: Batch) -> Batch:
     """Rows in one dimension, classes next to each other. The reshapes are autograd's business."""
+    return flatten_constants(batch)._replace(student=_as_rows(batch.student))
+
+
+def flatten_constants(batch: Batch) -> Batch:
+    """All of a batch but the student's logits as :func:`flatten` does; these only get one dimension of rows."""
     student, teacher, labels, sample_weight, class_weight, indices, partitions, options = batch
-    if indices is not None:
-        indices = indices.reshape(-1, indices.shape[-1]).contiguous()
-    if partitions is not None:
-        partitions = partitions.reshape(-1).contiguous()
-    if student.dim() == 2 and student.stride(1) == 1:
-        if teacher is not None and teacher.stride(1) != 1:
-            teacher = teacher.contiguous()
-        if labels is not None and not labels.is_contiguous():
-            labels = labels.contiguous()
-        return Batch(student, teacher, labels, sample_weight, class_weight, indices, partitions, options)
     return Batch(
-        _as_rows(student),
+        student if student.dim() == 2 else student.reshape(-1, student.shape[-1]),
         None if teacher is None else _as_rows(teacher),
         None if labels is None else labels.reshape(-1).contiguous(),
         None if sample_weight is None else sample_weight.reshape(-1),
         class_weight,
-        indices,
-        partitions,
+        None if indices is None else _as_rows(indices).contiguous(),
+        None if partitions is None else partitions.reshape(-1).contiguous(),
         options,
     )
 
@@ -168,9 +168,9 @@ def _inplace_note(wants_gradient, batch, flat) -> str:
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 
-def _why_formula(batch) -> str | None:
+def why_formula(tensors) -> str | None:
     """Why the differentiable formula must run instead of the engine; None where it need not."""
-    for tensor in batch[:7]:
+    for tensor in tensors:
         if tensor is not None and not (type(tensor) in _PLAIN and tensor.is_cpu):
             return f"device {tensor.device}" if type(tensor) in _PLAIN else f"tensor subclass {type(tensor).__name__}"
     if in_functorch():

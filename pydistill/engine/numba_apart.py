@@ -217,13 +217,13 @@ def _kernel(name, topk):
                         found.agree[row] = best == (index[theirs] if topk else theirs)
             if settings.write:
                 hard_scale = plan.hard_scale[row]
+                for j in range(k):  # before the row is written: out may be s
+                    apart[j] += _hard_gradient(s, index[j], label, hard_scale, whole, class_weight, settings)
                 write_gradient(
                     out, label, hard_scale, sums, whole, factors, False, 0.0, class_weight, settings, scratch
                 )
                 for j in range(k):
-                    out[index[j]] = apart[j] + _hard_gradient(
-                        s, index[j], label, hard_scale, whole, class_weight, settings
-                    )
+                    out[index[j]] = apart[j]
 
     return _njit(run_rows, on_disk=False)
 

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from bench.cases import Case
 from bench.contestants import TopkTeacher, formulas
 from pydistill import top_k
 
@@ -134,7 +135,7 @@ def paired_times(contestants, inputs, pairs, progress):
 def number_of_pairs(case, contestants, inputs, budget) -> int:
     """As many rounds as fit into ``budget`` seconds: at least 30 where one takes under a second; 4 or 3 if large."""
     if case.elements > 1 << 23:
-        return 4 if case.divergence == "forward_kl" else 3
+        return 4 if case == Case() else 3
     round_ = sum(seconds(c, *inputs) for c in contestants.values())  # validation has warmed up
     return max(30 if round_ < 1 else 5, min(2000, int(budget / round_)))
 

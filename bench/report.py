@@ -64,7 +64,7 @@ def losses(results: list[dict]) -> str:
     slower, leads = [], []
     for result in results:
         for name, c in result["contestants"].items():
-            if name.startswith(("pydistill", "dense pydistill", "limit", "torch.add")):
+            if name.startswith(("pydistill", "dense pydistill", "limit", "torch.add", "matrix products")):
                 continue
             line = f"  {result['name']:40} {name:22} takes {c['over pydistill'][0]:.2f} x pydistill's time"
             (slower if c["over pydistill"][0] < 1 else leads).append((c["over pydistill"][0], line))
@@ -96,7 +96,21 @@ def markdown(results: list[dict]) -> str:
         if name in DIVERGENCES or name == "k=64":
             cells = [all_[n]["over in place"][0] if n in all_ else None for n in ("best eager", "compiled best eager")]
             lines.append(f"| {name} | " + " | ".join("" if x is None else f"{x:.1f}" for x in cells) + " |")
-    return "\n".join(lines)
+    return "\n".join(lines + _heads(by_name))
+
+
+def _heads(by_name):
+    """Behind a linear head: linear_distillation_loss, whose time is mostly that of the matrix products."""
+    columns = ["tutorial", "compiled tutorial", "linear_cross_entropy", "liger", "matrix products"]
+    lines = ["", "| behind a linear head, against | " + " | ".join(columns) + " | memory |", "|---" * 7 + "|"]
+    for case, all_ in by_name.items():
+        if "hidden=" not in case:
+            continue
+        cells = [f"{all_[name]['over pydistill'][0]:.2f}" if name in all_ else "" for name in columns]
+        buffers = [all_[name]["buffers"] for name in ("tutorial", "pydistill")]
+        cells.append(", ".join(f"{b:.1f}" for b in buffers) if None not in buffers else "")
+        lines.append(f"| {case} | " + " | ".join(cells) + " |")
+    return lines if len(lines) > 3 else []
 
 
 def compare(old: dict, new: dict) -> str:

@@ -19,7 +19,7 @@ from bench import measure
 from bench.cases import Case
 from bench.contestants import contestants, isa_contestants
 
-BUDGET = 6.0  # seconds of rounds per case, unless that is fewer rounds than number_of_pairs allows
+BUDGET = 4.0  # seconds of rounds per case, unless that is fewer rounds than number_of_pairs allows
 
 
 def machine() -> dict:

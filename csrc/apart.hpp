@@ -20,17 +20,14 @@ void RowKernel<T>::set_apart(int64_t row, const RowPlan& plan) {
   }
 }
 
-// A block for the scan; a class apart gets the lowest number, whose exponential is 0. Its logit goes into `logit`
-// only here, where the block is in cache: looked up before the scan, each is a wait for memory.
+// A block for the scan, in `to`, which may be the block itself; a class apart gets the lowest number, whose exponential
+// is 0. Its logit goes into `logit` only here, where the block is in cache: looked up before the scan, each is a wait
+// for memory.
 template <class T>
-const T* RowKernel<T>::without_apart(const T* x, int64_t begin, int n, T* buffer, T Apart::* logit) {
-  const auto by_index = [](const Apart& a, int64_t index) { return a.index < index; };
-  auto a = std::lower_bound(apart_.begin(), apart_.end(), begin, by_index);
-  if (a == apart_.end() || a->index >= begin + n) return x;
-  if (x != buffer) std::memcpy(buffer, x, size_t(n) * sizeof(T));
-  for (; a != apart_.end() && a->index < begin + n; ++a)
-    (*a).*logit = std::exchange(buffer[a->index - begin], std::numeric_limits<T>::lowest());
-  return buffer;
+const T* RowKernel<T>::without(std::span<Apart> apart, const T* x, int64_t begin, int n, T* to, T Apart::* logit) {
+  if (x != to) std::memcpy(to, x, size_t(n) * sizeof(T));
+  for (Apart& a : apart) a.*logit = std::exchange(to[a.index - begin], std::numeric_limits<T>::lowest());
+  return to;
 }
 
 // exp(x / T) of a few numbers x <= 0, in place, in whole vectors.

@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <memory>
 #include <new>
+#include <span>
 #include <utility>
 #include <vector>
 
@@ -73,7 +74,7 @@ class RowKernel {
   double difference_pass(int64_t row, RowState& state);
   void set_apart(int64_t row, const RowPlan& plan);
   void add_apart(RowState& state);
-  const T* without_apart(const T* x, int64_t begin, int n, T* buffer, T Apart::* logit);
+  static const T* without(std::span<Apart> apart, const T* x, int64_t begin, int n, T* to, T Apart::* logit);
   double topk_term(int64_t row, double scale, RowState& state, Factors& factors);
   double dkd_term(double scale, RowState& state, Factors& factors);
   template <class D>
@@ -93,6 +94,7 @@ class RowKernel {
   double class_weight_sum_ = 0;
   Kind kind_;
   bool soft_, hard_, write_, past_cache_;
+  bool in_place_;      // the gradient goes over the student's logits
   bool scan_teacher_;  // the teacher has a value for every class, to be exponentiated
   bool third_;         // the gradient has something of scratch_.teacher
   bool keep_;
@@ -133,6 +135,7 @@ RowKernel<T>::RowKernel(const RowBatch& batch, bool past_cache)
       hard_(batch.options.alpha < 1),
       write_(batch.gradient.data != nullptr),
       past_cache_(past_cache),
+      in_place_(write_ && batch.gradient.data == batch.student.data),
       scan_teacher_(kind_ == Kind::shortcut || kind_ == Kind::pointwise || kind_ == Kind::dkd),
       third_(scan_teacher_ || kind_ == Kind::mse),
       hard_exp_(how_to_exponentiate(soft_ && kind_ != Kind::mse, hard_, batch.options.temperature)),
@@ -227,13 +230,17 @@ typename RowKernel<T>::ScanBlock RowKernel<T>::scan_block_for(HardExp hard) {
 template <class T>
 typename RowKernel<T>::RowState RowKernel<T>::scan(int64_t row) {
   RowState state;
+  size_t next_apart = 0;
   for (int64_t begin = 0, b = 0; begin < batch_.classes; begin += block, ++b) {
     const int n = count(begin);
     const T *s = read(batch_.student, row, begin, n, student_block_), *t = nullptr;
     if (scan_teacher_) t = read(batch_.teacher, row, begin, n, teacher_block_);
-    if (!apart_.empty()) {
-      s = without_apart(s, begin, n, student_block_, &Apart::student);
-      if (t) t = without_apart(t, begin, n, teacher_block_, &Apart::teacher);
+    const size_t first_apart = next_apart;
+    while (next_apart < apart_.size() && apart_[next_apart].index < begin + n) ++next_apart;
+    const std::span<Apart> apart(apart_.data() + first_apart, next_apart - first_apart);
+    if (!apart.empty()) {
+      s = without(apart, s, begin, n, in_place_ ? const_cast<T*>(s) : student_block_, &Apart::student);
+      if (t) t = without(apart, t, begin, n, teacher_block_, &Apart::teacher);
     }
     Running max{block_maximum(s, n, state.max.student),
                 t ? block_maximum(t, n, state.max.teacher) : state.max.teacher};
@@ -243,6 +250,8 @@ typename RowKernel<T>::RowState RowKernel<T>::scan(int64_t row) {
     rescale(state, max);
     block_max_[b] = max;
     const Sums sums = (this->*scan_block_)(s, t, begin, n, max, row);
+    if (in_place_)  // back: the cross-entropy and the argmax read the row again
+      for (const Apart& a : apart) const_cast<T*>(s)[a.index - begin] = a.student;
     state.sums.student += sums.student;
     state.sums.teacher += sums.teacher;
     state.sums.cross += sums.cross;

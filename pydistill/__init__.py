@@ -19,7 +19,9 @@ from pydistill.engine.backend import BackendInfo, backend_info, use_backend
 from pydistill.functional import LossMetrics, distillation_loss
 from pydistill.linear import LinearTeacher, linear_distillation_loss
 from pydistill.losses import DistillationLoss, LinearDistillationLoss
+from pydistill.shipping import load_student, report, save_student
 from pydistill.soft_targets import SoftTargets, top_k
+from pydistill.store import TeacherStore
 from pydistill.trainer import Trainer
 
 try:
@@ -34,10 +36,14 @@ __all__ = [
     "LinearTeacher",
     "LossMetrics",
     "SoftTargets",
+    "TeacherStore",
     "Trainer",
     "backend_info",
     "distillation_loss",
     "linear_distillation_loss",
+    "load_student",
+    "report",
+    "save_student",
     "top_k",
     "use_backend",
 ]

@@ -1,17 +1,20 @@
-"""A thin training loop around the loss: batches, one optimizer step each, and what an epoch came to."""
+"""A thin training loop around the loss: batches, optimizer steps, and what an epoch came to."""
 
 import importlib.util
-import math
 import time
 from contextlib import contextmanager, nullcontext
-from typing import NamedTuple
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
+from pydistill import checkpoint
+from pydistill.data import batch_count, batches, describe, prepare, row_count
+from pydistill.history import EpochRecord, History, Scores, Totals
 from pydistill.losses import DistillationLoss
 from pydistill.soft_targets import SoftTargets
+from pydistill.store import TeacherStore
 
 # Multiply-adds of a step, about: parameters * rows. Two threads lost to one everywhere below this on a busy
 # machine, by up to a factor of 10 for the smallest steps; above it a step lasts long enough for a second
@@ -19,40 +22,18 @@ from pydistill.soft_targets import SoftTargets
 _SMALL_STEP = 10_000_000
 
 
-class Scores(NamedTuple):
-    """Means over one pass through some data; nan where nothing tells: a term not evaluated, no labels.
+@dataclass
+class _Run:
+    """Where a call of fit stands: all that a checkpoint holds besides student, optimizer, scheduler and callbacks."""
 
-    Attributes:
-        loss: the loss. Each batch weighs as many rows as it has rows that count for the soft term (for the
-            hard one where only that is evaluated).
-        soft_loss: the soft term, T^2 included.
-        hard_loss: the hard term.
-        accuracy: share of the labelled rows in which the student's argmax is the label.
-        agreement: share of the rows in which student and teacher have the same argmax.
-    """
-
-    loss: float
-    soft_loss: float
-    hard_loss: float
-    accuracy: float
-    agreement: float
-
-
-class EpochRecord(NamedTuple):
-    """One epoch of :meth:`Trainer.fit`.
-
-    Attributes:
-        epoch: its number; the first is 1.
-        train: means over the training batches, each taken before its step: the student changes in the
-            meantime.
-        val: means over the validation data after the epoch's last step; None without validation data.
-        seconds: how long the epoch took, validation included.
-    """
-
-    epoch: int
-    train: Scores
-    val: Scores | None
-    seconds: float
+    epoch: int = 1
+    batch: int = 0  # done in this epoch
+    steps: int = 0
+    number: int = 0  # of the latest checkpoint
+    totals: Totals = field(default_factory=Totals)
+    history: History = field(default_factory=History)
+    epoch_random: Tensor | None = None  # torch's random state when the epoch began: its order follows from it
+    random: Tensor | None = None  # where to go on from, after a resume
 
 
 class Trainer:
@@ -60,14 +41,17 @@ class Trainer:
 
     **Data**, wherever an argument is called ``train``, ``val`` or ``data``, is one of
 
-    - a tuple of tensors in memory: ``(inputs, targets, labels)`` or ``(inputs, targets)``, where ``targets``
-      are the teacher's logits or :class:`SoftTargets`; ``(inputs, labels)`` for a loss with alpha = 0. Of
-      two, the second is labels if it holds integers;
-    - with ``teacher=``: ``(inputs, labels)`` or ``(inputs,)``; the teacher computes the targets;
+    - a tuple of columns in memory, tensors or numpy arrays: ``(inputs, targets, labels)``, ``(inputs, targets,
+      labels, sample_weight)`` or ``(inputs, targets)``, where ``targets`` are the teacher's logits or
+      :class:`SoftTargets`; ``(inputs, labels)`` for a loss with alpha = 0. Of two, the second is labels if it
+      holds integers. float64 inputs, as numpy makes them, are converted to the student's dtype;
+    - with ``teacher=``: ``(inputs, labels)``, ``(inputs, labels, sample_weight)`` or ``(inputs,)``; the teacher
+      gives the targets;
+    - a Dataset of such rows;
     - an iterable of such batches, tuples or lists, that can be gone through once per epoch: a DataLoader, a
       list.
 
-    Tensors in memory are shuffled and indexed directly; a DataLoader over the same tensors costs 20 times as
+    Columns in memory are shuffled and indexed directly; a DataLoader over the same tensors costs 20 times as
     much per batch. Nothing is moved between devices. Inputs in memory are one tensor; batches of an iterable
     may hold anything that the student takes as its one argument.
 
@@ -77,37 +61,53 @@ class Trainer:
     floating-point matrix, such as images and token ids, every element counts as a row: layers that share
     parameters over positions do more work.
 
+    **Checkpoints** hold student, optimizer, scheduler, callbacks, loss numbers, history and torch's random state.
+    A run that was killed at any moment and is started again with ``resume=True`` ends with the same weights to the
+    bit, if student and data take their randomness from torch's generator on the CPU, on the same machine and
+    number of threads. A damaged file is warned of, and the one before it used.
+
     Args:
         student: a module that maps inputs to logits ``(..., C)``.
         loss: :class:`DistillationLoss` with reduction="mean", or any callable with its call signature: it is
             called as ``loss(student_logits, targets, labels, return_metrics=True)`` and returns ``(loss,
             LossMetrics)``. Default: ``DistillationLoss()``.
-        teacher: a module that maps inputs to logits ``(..., C)``. It runs in eval mode and without gradients.
+        teacher: a module that maps inputs to logits ``(..., C)``; it runs in eval mode and without gradients. Or
+            :class:`SoftTargets` or a ``TeacherStore`` with a row per row of ``train``, which must then be in memory
+            or a Dataset; validation data without targets are scored on their labels.
         optimizer: a torch optimizer of the student's parameters. Default: ``Adam(fused=True, lr=1e-3)``. It
             keeps its state between calls of ``fit``.
         scheduler: a torch learning-rate scheduler of this optimizer; stepped once after each epoch
             (ReduceLROnPlateau with the validation loss, or the training loss without validation data).
-        callbacks: callables that are called with ``(trainer, record)`` after each epoch, ``record`` an
-            :class:`EpochRecord`. A schedule of alpha is one: it sets ``trainer.loss.alpha``.
+        callbacks: functions of ``(trainer, record)``, called after each epoch with an :class:`EpochRecord`; one that
+            sets ``trainer.stop = True`` ends ``fit``. ``pydistill.callbacks`` has EarlyStopping and BestModel.
+        schedules: options of the loss that change, ``{"alpha": f, "temperature": g}``: functions of the epoch's
+            number, called before each epoch.
+        accumulate: batches per optimizer step. Their loss is that of one batch of all their rows.
+        clip_norm: largest norm of the gradient of all parameters; None: any.
+        autocast: torch.bfloat16 runs the student's forward under ``torch.autocast``; the loss stays in float32.
         seed: an integer: shuffling, dropout and DataLoaders then give the same result to the bit in every
             ``fit``, and torch's global random state is left as it was. The student's first weights are the
             caller's. None: torch's global random state.
         progress: show a progress bar, if tqdm is installed.
+        checkpoint_dir: a folder for checkpoints, made if needed; the two newest are kept.
+        checkpoint_every: optimizer steps between checkpoints, besides the one after each epoch; None: no others.
+
+    Attributes:
+        stop: set it to end ``fit`` after the running epoch.
 
     Raises:
         TypeError: student or teacher is not a module.
-        ValueError: a loss whose reduction is not "mean"; a scheduler without its optimizer.
+        ValueError: a loss whose reduction is not "mean"; a scheduler without its optimizer; a number out of range.
 
     Example:
         >>> import torch, pydistill
-        >>> from pydistill.trainer import Trainer
         >>> _ = torch.manual_seed(0)
         >>> inputs, teacher = torch.randn(256, 8), torch.nn.Linear(8, 3)
         >>> labels = teacher(inputs).argmax(-1)
         >>> student = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 3))
         >>> optimizer = torch.optim.Adam(student.parameters(), lr=1e-2)
-        >>> trainer = Trainer(student, pydistill.DistillationLoss(temperature=2.0), teacher=teacher,
-        ...                   optimizer=optimizer, seed=0, progress=False)
+        >>> trainer = pydistill.Trainer(student, pydistill.DistillationLoss(temperature=2.0), teacher=teacher,
+        ...                             optimizer=optimizer, seed=0, progress=False)
         >>> history = trainer.fit((inputs, labels), epochs=20)
         >>> history[-1].epoch, history[-1].train.loss < history[0].train.loss
         (20, True)
@@ -126,13 +126,24 @@ class Trainer:
         optimizer=None,
         scheduler=None,
         callbacks=(),
+        schedules=None,
+        accumulate=1,
+        clip_norm=None,
+        autocast=None,
         seed=None,
         progress=True,
+        checkpoint_dir=None,
+        checkpoint_every=None,
     ):
         """See the class."""
-        _check_module("student", student)
-        if teacher is not None:
-            _check_module("teacher", teacher)
+        if not isinstance(student, torch.nn.Module):
+            raise TypeError(f"student must be a torch.nn.Module, got {describe(student)}")
+        self._teacher_rows = isinstance(teacher, SoftTargets | TeacherStore | Tensor)
+        if teacher is not None and not isinstance(teacher, torch.nn.Module) and not self._teacher_rows:
+            raise TypeError(
+                f"teacher must be a torch.nn.Module, SoftTargets or a TeacherStore, got {describe(teacher)}; the "
+                "outputs of other teachers go into the data: (inputs, targets, labels)"
+            )
         loss = DistillationLoss() if loss is None else loss
         if getattr(loss, "reduction", "mean") != "mean":
             raise ValueError(
@@ -142,54 +153,89 @@ class Trainer:
             raise ValueError("scheduler must come with the optimizer that it was made for: pass optimizer= too")
         if optimizer is None:
             optimizer = torch.optim.Adam(student.parameters(), lr=1e-3, fused=True)
+        for name in schedules or ():
+            if not hasattr(loss, name) or not callable(schedules[name]):
+                raise ValueError(f"schedules must map options of the loss to functions of the epoch; got {name!r}")
+        _check_count("accumulate", accumulate)
+        if clip_norm is not None and not clip_norm > 0:
+            raise ValueError(f"clip_norm must be positive, got {clip_norm!r}")
+        if autocast not in (None, torch.bfloat16):
+            raise ValueError(f"autocast must be None or torch.bfloat16, got {autocast!r}")
+        if checkpoint_every is not None:
+            _check_count("checkpoint_every", checkpoint_every)
+            if checkpoint_dir is None:
+                raise ValueError("checkpoint_every needs checkpoint_dir, the folder to write to")
         self.student, self.loss, self.teacher = student, loss, teacher
         self.optimizer, self.scheduler = optimizer, scheduler
-        self.callbacks, self.seed, self.progress = tuple(callbacks), seed, progress
+        self.callbacks, self.schedules = tuple(callbacks), dict(schedules or {})
+        self.accumulate, self.clip_norm, self.autocast = accumulate, clip_norm, autocast
+        self.seed, self.progress = seed, progress
+        self.checkpoint_dir, self.checkpoint_every = checkpoint_dir, checkpoint_every
+        self.stop = False
 
-    def fit(self, train, val=None, *, epochs, batch_size=64) -> list[EpochRecord]:
+    def fit(self, train, val=None, *, epochs, batch_size=64, resume=False) -> History:
         """Train for some epochs; the student's train and eval modes are restored at the end.
 
         Args:
-            train: data, in one of the forms above. Tensors in memory are shuffled for each epoch; an iterable
-                comes in its own order. The last batch may be smaller.
+            train: data, in one of the forms above. Rows in memory or of a Dataset are shuffled for each epoch; an
+                iterable comes in its own order. The last batch may be smaller.
             val: data to evaluate after each epoch, or None.
-            epochs: how many, at least 1.
-            batch_size: rows per batch of tensors in memory; iterables bring their own.
+            epochs: how many, at least 1; with ``resume`` those before the interruption count.
+            batch_size: rows per batch; iterables bring their own.
+            resume: go on from the newest whole checkpoint in ``checkpoint_dir``, if there is one.
 
         Returns:
-            list[EpochRecord]: one record per epoch of this call.
+            History: one record per epoch; a list, with ``plot()``.
 
         Raises:
-            TypeError, ValueError: data of another form, columns of different lengths, no rows, epochs or
-                batch_size below 1; and what the loss raises.
+            TypeError, ValueError: data of another form, columns of different lengths, no rows, inputs that are not
+                finite, epochs or batch_size below 1; a resume from the checkpoints of another model, data or
+                batch_size, or of none that is whole; a new run into a folder with checkpoints; what the loss raises.
+            OSError: a checkpoint could not be written; the ones before are whole.
         """
         _check_count("epochs", epochs)
         _check_count("batch_size", batch_size)
-        _check_data("train", train)
-        if val is not None:
-            _check_data("val", val)
-        steps = _batch_count(train, batch_size)
-        history = []
+        dtype = next((p.dtype for p in self.student.parameters() if p.is_floating_point()), torch.float32)
+        train = prepare("train", train, dtype)
+        val = None if val is None else prepare("val", val, dtype)
+        self._check_teacher_rows(train)
+        setup = {"rows": row_count(train), "batch_size": batch_size, "accumulate": self.accumulate, "seed": self.seed}
+        self.stop = False
+        count = batch_count(train, batch_size)
         with (
             _mode(self.student, training=True),
             threads_restored(),
             _seeded(self.seed),
-            _progress_bar(self.progress, steps and epochs * steps) as bar,
+            _progress_bar(self.progress, count and epochs * count) as bar,
         ):
-            for epoch in range(1, epochs + 1):
+            run = self._first_or_resumed(resume, setup)
+            if bar is not None:
+                bar.update((run.epoch - 1) * (count or 0) + run.batch)
+            first = True
+            while run.epoch <= epochs and not self.stop:
                 start = time.perf_counter()
-                trained = self._train_epoch(_batches(train, batch_size, shuffle=True), bar)
+                for name, schedule in self.schedules.items():
+                    setattr(self.loss, name, schedule(run.epoch))
+                self._train_epoch(train, batch_size, run, setup, bar, first)
+                first = False
+                trained = run.totals.scores()
                 if trained is None:
-                    raise ValueError(_no_batch("train", epoch))
-                validated = None if val is None else self._evaluate("val", val, batch_size, epoch)
-                record = EpochRecord(epoch, trained, validated, time.perf_counter() - start)
+                    raise ValueError(_no_batch("train", run.epoch))
+                validated = None if val is None else self._evaluate("val", val, batch_size, run.epoch)
+                record = EpochRecord(run.epoch, trained, validated, time.perf_counter() - start)
                 self._step_scheduler(record)
-                history.append(record)
+                run.history.append(record)
                 if bar is not None:
-                    bar.set_postfix(epoch=epoch, loss=trained.loss)
+                    bar.set_postfix(_shown(record))
                 for callback in self.callbacks:
                     callback(self, record)
-        return history
+                run.epoch, run.batch, run.totals, run.epoch_random = run.epoch + 1, 0, Totals(), None
+                if self.checkpoint_dir is not None:
+                    self._save(run, setup)
+            for callback in self.callbacks:
+                if hasattr(callback, "finish"):
+                    callback.finish(self)
+        return run.history
 
     def evaluate(self, data, *, batch_size=256) -> Scores:
         """Loss, accuracy and agreement on some data, in eval mode, without gradients; the mode is restored.
@@ -203,15 +249,15 @@ class Trainer:
             TypeError, ValueError: as for :meth:`fit`.
         """
         _check_count("batch_size", batch_size)
-        _check_data("data", data)
-        return self._evaluate("data", data, batch_size)
+        dtype = next((p.dtype for p in self.student.parameters() if p.is_floating_point()), torch.float32)
+        return self._evaluate("data", prepare("data", data, dtype), batch_size)
 
     @torch.no_grad()
     def predict(self, inputs, *, batch_size=256) -> Tensor:
         """The student's logits ``(N, ..., C)``, in eval mode and without gradients; the mode is restored.
 
         Args:
-            inputs: a tensor with a row per item, or an iterable of batches, of which the first column is
+            inputs: a tensor or array with a row per item, or an iterable of batches, of which the first column is
                 used.
             batch_size: rows per batch of a tensor.
 
@@ -219,85 +265,142 @@ class Trainer:
             ValueError: an iterable without batches, or batch_size below 1.
         """
         _check_count("batch_size", batch_size)
-        batches = inputs.split(batch_size) if isinstance(inputs, Tensor) else inputs
+        if hasattr(inputs, "__array__") and len(inputs):
+            dtype = next((p.dtype for p in self.student.parameters() if p.is_floating_point()), torch.float32)
+            inputs = prepare("inputs", (inputs,), dtype)[0]
+        found = inputs.split(batch_size) if isinstance(inputs, Tensor) else inputs
         with _mode(self.student, training=False):
-            logits = [self.student(b[0] if isinstance(b, tuple | list) else b) for b in batches]
+            logits = [self.student(b[0] if isinstance(b, tuple | list) else b) for b in found]
         if not logits:
             raise ValueError("inputs must hold at least one batch, got none")
         return torch.cat(logits)
 
-    def _train_epoch(self, batches, bar) -> Scores | None:
-        totals = _Totals()
-        for columns in batches:
-            inputs, targets, labels = self._columns(columns)
-            if totals.batches == 0 and self._is_small_step(inputs):
+    def _train_epoch(self, train, batch_size, run, setup, bar, first):
+        if run.epoch_random is None:
+            run.epoch_random = torch.get_rng_state()
+        torch.set_rng_state(run.epoch_random)
+        found = batches(train, batch_size, shuffle=True)
+        for _ in range(run.batch):  # done before the interruption
+            next(found)
+        if run.batch and run.random is not None:
+            torch.set_rng_state(run.random)
+        for group in _groups(found, self.accumulate):
+            columns = [self._columns(x, rows) for rows, x in group]
+            if first and self._is_small_step(columns[0][0]):
                 torch.set_num_threads(1)
-            loss, metrics = self.loss(self.student(inputs), targets, labels, return_metrics=True)
-            self.optimizer.zero_grad()
-            loss.backward()
-            self.optimizer.step()
-            totals.add(loss, metrics, self._labelled(labels))
+            first = False
+            self._step(columns, run.totals)
+            run.batch += len(group)
+            run.steps += 1
             if bar is not None:
-                bar.update()
-        return totals.scores()
+                bar.update(len(group))
+            if self.checkpoint_every is not None and run.steps % self.checkpoint_every == 0:
+                self._save(run, setup)
+
+    def _step(self, group, totals):
+        """One optimizer step on the batches of a group, whose loss is that of one batch of all their rows."""
+        parts = len(group)
+        whole = self._num_items(group) if parts > 1 and isinstance(self.loss, DistillationLoss) else None
+        self.optimizer.zero_grad()
+        for inputs, targets, labels, weight in group:
+            options = {} if weight is None else {"sample_weight": weight}
+            if whole is not None:
+                options["num_items"] = whole
+            if self.autocast is None:
+                logits = self.student(inputs)
+            else:
+                with torch.autocast("cpu", self.autocast):
+                    logits = self.student(inputs)
+            loss, metrics = self.loss(logits, targets, labels, return_metrics=True, **options)
+            (loss if whole is not None or parts == 1 else loss / parts).backward()
+            totals.add(loss.detach(), metrics, self._labelled(labels, weight), 1 if whole is None else parts)
+        if self.clip_norm is not None:
+            torch.nn.utils.clip_grad_norm_(self.student.parameters(), self.clip_norm)
+        self.optimizer.step()
+
+    def _num_items(self, group):
+        """Both terms' denominators over several batches."""
+        soft = hard = 0.0
+        for inputs, _, labels, weight in group:
+            if labels is None:
+                soft += float(len(inputs) if weight is None else weight.sum())
+                continue
+            weight = torch.ones(labels.shape) if weight is None else weight
+            labelled = labels != self.loss.ignore_index
+            soft += float((weight if self.loss.unlabeled == "distill" else weight * labelled).sum())
+            if self.loss.class_weight is not None:
+                weight = weight * self.loss.class_weight[torch.where(labelled, labels, 0)]
+            hard += float((weight * labelled).sum())
+        return soft or 1.0, hard or 1.0
 
     @torch.no_grad()
     def _evaluate(self, name, data, batch_size, epoch=1) -> Scores:
-        totals = _Totals()
+        totals = Totals()
         with _mode(self.student, training=False):
-            for columns in _batches(data, batch_size, shuffle=False):
-                inputs, targets, labels = self._columns(columns)
-                loss, metrics = self.loss(self.student(inputs), targets, labels, return_metrics=True)
-                totals.add(loss, metrics, self._labelled(labels))
+            for _, columns in batches(data, batch_size, shuffle=False):
+                inputs, targets, labels, weight = self._columns(columns)
+                options = {} if weight is None else {"sample_weight": weight}
+                if targets is None and self._teacher_rows:  # the teacher knows the training rows only
+                    options["alpha"] = 0.0
+                loss, metrics = self.loss(self.student(inputs), targets, labels, return_metrics=True, **options)
+                totals.add(loss, metrics, self._labelled(labels, weight))
         scores = totals.scores()
         if scores is None:
             raise ValueError(_no_batch(name, epoch))
         return scores
 
-    def _columns(self, columns):
-        """One batch as (inputs, targets, labels)."""
+    def _columns(self, columns, rows=None):
+        """One batch as (inputs, targets, labels, sample_weight). ``rows``: which rows of train they are."""
         if not isinstance(columns, tuple | list):
             raise TypeError(
-                f"a batch must be a tuple or list of columns, got {_describe(columns)}; data in memory is a "
+                f"a batch must be a tuple or list of columns, got {describe(columns)}; data in memory is a "
                 "tuple of tensors"
             )
-        if self.teacher is not None:
-            return self._columns_with_teacher(columns)
+        if self.teacher is not None and (rows is not None or not self._teacher_rows):
+            inputs, labels, weight = _without_targets(columns)
+            if self._teacher_rows:
+                return inputs, self.teacher[rows], labels, weight
+            with torch.no_grad(), _mode(self.teacher, training=False):
+                return inputs, self.teacher(inputs), labels, weight
         match columns:
             case (inputs, second) if _is_labels(second):
-                return inputs, None, second
+                return inputs, None, second, None
             case (inputs, targets):
-                return inputs, targets, None
+                return inputs, targets, None, None
             case (inputs, targets, labels):
-                return inputs, targets, labels
+                return inputs, targets, labels, None
+            case (inputs, targets, labels, weight) if not _is_labels(weight):
+                return inputs, targets, labels, weight
         raise ValueError(
-            "a batch must be (inputs, targets, labels), (inputs, targets) or, with alpha = 0 or teacher=, "
-            f"(inputs, labels); got {_describe(columns)}"
+            "a batch must be (inputs, targets, labels), (inputs, targets, labels, sample_weight), (inputs, targets) or, "
+            f"with alpha = 0 or teacher=, (inputs, labels); got {describe(columns)}"
         )
 
-    def _columns_with_teacher(self, columns):
-        match columns:
-            case (inputs,):
-                labels = None
-            case (inputs, labels) if _is_labels(labels):
-                pass
-            case _:
-                raise ValueError(
-                    "a batch must be (inputs, labels) or (inputs,) under teacher=, which makes the targets; "
-                    f"got {_describe(columns)}"
-                )
-        with torch.no_grad(), _mode(self.teacher, training=False):
-            return inputs, self.teacher(inputs), labels
+    def _check_teacher_rows(self, train):
+        if not self._teacher_rows:
+            return
+        count = row_count(train)
+        if count is None:
+            raise ValueError(
+                f"teacher: {type(self.teacher).__name__} has a row per training row, and an iterable does not say "
+                "which rows its batches are; pass tensors or a Dataset"
+            )
+        if count != len(self.teacher):
+            raise ValueError(f"teacher must have a row per row of train, got {len(self.teacher)} for {count}")
 
-    def _labelled(self, labels) -> int:
+    def _labelled(self, labels, weight) -> int | None:
+        """Rows with a label; None where the hard term's denominator says it, which a small step notices."""
         if labels is None:
             return 0
+        plain = weight is None and self.accumulate == 1 and isinstance(self.loss, DistillationLoss)
+        if plain and self.loss.alpha < 1 and self.loss.class_weight is self.loss.num_items is None:
+            return None
         return int((labels != getattr(self.loss, "ignore_index", -100)).sum())
 
     def _is_small_step(self, inputs) -> bool:
         if not isinstance(inputs, Tensor):
             return False
-        modules = (self.student,) if self.teacher is None else (self.student, self.teacher)
+        modules = [m for m in (self.student, self.teacher) if isinstance(m, torch.nn.Module)]
         parameters = sum(p.numel() for module in modules for p in module.parameters())
         rows = len(inputs) if inputs.dim() == 2 and inputs.is_floating_point() else inputs.numel()
         return parameters * rows <= _SMALL_STEP
@@ -308,88 +411,95 @@ class Trainer:
         elif self.scheduler is not None:
             self.scheduler.step()
 
+    def _save(self, run, setup):
+        run.number += 1
+        state = {
+            "setup": setup,
+            "run": {name: getattr(run, name) for name in ("epoch", "batch", "steps", "number", "epoch_random")},
+            "totals": [run.totals.batches, run.totals.sums, run.totals.rows],
+            "history": run.history,
+            "stop": self.stop,
+            "random": torch.get_rng_state(),
+            "student": dict(self.student.state_dict()),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
+            "callbacks": [x.state_dict() if hasattr(x, "state_dict") else None for x in self.callbacks],
+            "loss": {name: getattr(self.loss, name, None) for name in ("alpha", "temperature")},
+        }
+        checkpoint.save(self.checkpoint_dir, run.number, state)
 
-class _Totals:
-    """Sums of the batches' means times the rows that each is a mean of, in the order of Scores."""
-
-    def __init__(self):
-        self.batches = 0
-        self._sums, self._rows = [0.0] * 5, [0.0] * 5
-
-    def add(self, loss, metrics, labelled):
-        soft, hard, agreement, accuracy, (soft_items, hard_items) = metrics
-        soft_items, hard_items = float(soft_items), float(hard_items)
-        only_hard = math.isnan(soft) and hard_items > 0
-        means = (loss.item(), float(soft), float(hard), float(accuracy), float(agreement))
-        rows = (hard_items if only_hard else soft_items, soft_items, hard_items, labelled, soft_items)
-        for i, (mean, count) in enumerate(zip(means, rows, strict=True)):
-            if count > 0:  # a mean of no rows may be nan
-                self._sums[i] += mean * count
-                self._rows[i] += count
-        self.batches += 1
-
-    def scores(self) -> Scores | None:
-        if self.batches == 0:
-            return None
-        sums_and_rows = zip(self._sums, self._rows, strict=True)
-        return Scores(*(total / rows if rows else math.nan for total, rows in sums_and_rows))
-
-
-def _batches(data, batch_size, *, shuffle):
-    if not _in_memory(data):
-        yield from data
-    elif shuffle:
-        for rows in torch.randperm(len(data[0])).split(batch_size):
-            yield tuple(column[rows] for column in data)
-    else:
-        for start in range(0, len(data[0]), batch_size):
-            yield tuple(column[start : start + batch_size] for column in data)
-
-
-def _batch_count(data, batch_size) -> int | None:
-    if _in_memory(data):
-        return math.ceil(len(data[0]) / batch_size)
-    try:
-        return len(data)
-    except TypeError:  # an iterator, or a DataLoader over an iterable dataset
-        return None
-
-
-def _in_memory(data) -> bool:
-    return isinstance(data, tuple) and not (data and isinstance(data[0], tuple | list))
-
-
-def _check_data(name, data):
-    if _in_memory(data):
-        _check_columns(name, data)
-    elif isinstance(data, Tensor | SoftTargets) or not hasattr(data, "__iter__"):
-        raise TypeError(
-            f"{name} must be a tuple of tensors such as (inputs, targets, labels), or an iterable of such "
-            f"batches; got {_describe(data)}"
+    def _first_or_resumed(self, resume, setup) -> _Run:
+        if self.checkpoint_dir is None:
+            if resume:
+                raise ValueError("resume=True needs checkpoint_dir, the folder with the checkpoints")
+            return _Run()
+        if not resume:
+            if checkpoint.found(self.checkpoint_dir):
+                raise ValueError(
+                    f"checkpoint_dir {self.checkpoint_dir} holds checkpoints of an earlier run: pass resume=True to go "
+                    "on from them, or another folder"
+                )
+            return _Run()
+        state = checkpoint.load_newest(self.checkpoint_dir)
+        if state is None:
+            return _Run()
+        for name, value in setup.items():
+            if state["setup"][name] != value:
+                raise ValueError(f"resume: the checkpoint was made with {name}={state['setup'][name]}, got {value}")
+        try:
+            self.student.load_state_dict(state["student"])
+        except RuntimeError as error:
+            raise ValueError(f"resume: the checkpoint holds another student: {error}") from error
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.scheduler is not None:
+            self.scheduler.load_state_dict(state["scheduler"])
+        for callback, of_callback in zip(self.callbacks, state["callbacks"], strict=True):
+            if of_callback is not None:
+                callback.load_state_dict(of_callback)
+        for name, value in state["loss"].items():
+            if value is not None:
+                setattr(self.loss, name, value)
+        self.stop = state["stop"]
+        torch.set_rng_state(state["random"])
+        history = History(
+            EpochRecord(epoch, Scores(*train), None if val is None else Scores(*val), seconds)
+            for epoch, train, val, seconds in state["history"]
         )
+        return _Run(**state["run"], totals=Totals(*state["totals"]), history=history, random=state["random"])
 
 
-def _check_columns(name, columns):
-    for i, column in enumerate(columns):
-        if not isinstance(column, Tensor | SoftTargets) or len(column.shape) == 0:
-            raise TypeError(
-                f"{name} must hold tensors or SoftTargets with a row per item; its element {i} is "
-                f"{_describe(column)}. Use torch.as_tensor for arrays, SoftTargets.from_probs for a "
-                "teacher's probabilities"
-            )
-    lengths = [len(column) for column in columns]
-    if not lengths or lengths[0] == 0:
-        raise ValueError(f"{name} must hold at least one row, got {_describe(columns)}")
-    if len(set(lengths)) > 1:
-        raise ValueError(f"{name} must hold tensors of one length, got lengths {', '.join(map(str, lengths))}")
+def _without_targets(columns):
+    match columns:
+        case (inputs,):
+            return inputs, None, None
+        case (inputs, labels) if _is_labels(labels):
+            return inputs, labels, None
+        case (inputs, labels, weight) if _is_labels(labels) and isinstance(weight, Tensor) and weight.dim() == 1:
+            return inputs, labels, weight
+    raise ValueError(
+        "a batch must be (inputs, labels) or (inputs,) under teacher=, which makes the targets, or (inputs, labels, "
+        f"sample_weight); got {describe(columns)}"
+    )
 
 
-def _check_module(name, module):
-    if not isinstance(module, torch.nn.Module):
-        hint = (
-            "; the outputs of other teachers go into the data: (inputs, targets, labels)" if name == "teacher" else ""
-        )
-        raise TypeError(f"{name} must be a torch.nn.Module, got {_describe(module)}{hint}")
+def _groups(found, size):
+    """Lists of ``size`` batches; the last may be shorter."""
+    group = []
+    for batch in found:
+        group.append(batch)
+        if len(group) == size:
+            yield group
+            group = []
+    if group:
+        yield group
+
+
+def _shown(record):
+    """The numbers beside the progress bar."""
+    train = record.train
+    shown = {"epoch": record.epoch, "loss": train.loss, "soft": train.soft_loss, "hard": train.hard_loss}
+    best = record.val or train
+    return shown | {"accuracy": best.accuracy, "agreement": best.agreement}
 
 
 def _check_count(name, value):
@@ -406,14 +516,6 @@ def _no_batch(name, epoch) -> str:
 
 def _is_labels(column) -> bool:
     return isinstance(column, Tensor) and not column.is_floating_point()
-
-
-def _describe(value) -> str:
-    """The form of a value, for messages: types, shapes and dtypes, never the numbers."""
-    if isinstance(value, tuple | list) and len(value) <= 8:
-        return f"({', '.join(map(_describe, value))})"
-    shape = f" of shape {tuple(value.shape)} and dtype {value.dtype}" if isinstance(value, Tensor) else ""
-    return type(value).__name__ + shape
 
 
 @contextmanager

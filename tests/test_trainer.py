@@ -178,7 +178,7 @@ class TestFit:
     def test_nan_loss_is_reported(self, data):
         inputs = data[0].clone()
         inputs[3] = math.nan
-        history = trainer_for(mlp()).fit((inputs, *data[1:]), epochs=1)
+        history = trainer_for(mlp()).fit([(inputs, *data[1:])], epochs=1)
         assert math.isnan(history[0].train.loss)
 
     @pytest.mark.parametrize("installed", [True, False])
@@ -362,7 +362,7 @@ class TestErrors:
             (
                 lambda: Trainer(mlp(), teacher=len),
                 TypeError,
-                r"teacher must be a torch.nn.Module, got builtin.*data",
+                r"teacher must be a torch.nn.Module, SoftTargets or a TeacherStore, got builtin.*data",
             ),
             (
                 lambda: Trainer(mlp(), pydistill.DistillationLoss(reduction="sum")),
@@ -383,14 +383,14 @@ class TestErrors:
     @pytest.mark.parametrize(
         ("change", "error", "message"),
         [
-            (lambda x, t, y: x, TypeError, "train must be a tuple of tensors.*got Tensor of shape"),
-            (lambda x, t, y: 3, TypeError, "train must be a tuple of tensors.*got int"),
+            (lambda x, t, y: x, TypeError, "train must be a tuple of tensors or arrays.*got Tensor of shape"),
+            (lambda x, t, y: 3, TypeError, "train must be a tuple of tensors or arrays.*got int"),
             (
-                lambda x, t, y: (x, t.numpy(), y),
+                lambda x, t, y: (x, t.tolist(), y),
                 TypeError,
-                "train must hold tensors.*element 1 is ndarray.*as_tensor",
+                "train must hold tensors, arrays.*element 1 is list.*from_probs",
             ),
-            (lambda x, t, y: (x, t, y[:9]), ValueError, "train must hold tensors of one length.*150, 150, 9"),
+            (lambda x, t, y: (x, t, y[:9]), ValueError, "train must hold columns of one length.*150, 150, 9"),
             (lambda x, t, y: (x[:0], t[:0], y[:0]), ValueError, "train must hold at least one row"),
             (lambda x, t, y: (), ValueError, "train must hold at least one row"),
             (lambda x, t, y: [], ValueError, "train must give at least one batch, got none in epoch 1$"),
@@ -443,3 +443,128 @@ class TestErrors:
     def test_counts(self, data, options, error, message):
         with pytest.raises(error, match=message):
             trainer_for(mlp()).fit(data, **options)
+
+
+class TestMore:
+    def test_numpy_arrays_and_float64_inputs(self, data):
+        arrays = tuple(column.numpy() for column in data)
+        want, got = mlp(), mlp()
+        got.load_state_dict(want.state_dict())
+        trainer_for(want).fit(data, epochs=2)
+        trainer_for(got).fit((arrays[0].astype("float64"), *arrays[1:]), epochs=2)
+        assert all(torch.equal(a, b) for a, b in zip(want.parameters(), got.parameters(), strict=True))
+
+    def test_a_dataset_gives_the_same_batches_as_its_tensors(self, data):
+        class Rows(torch.utils.data.Dataset):
+            def __len__(self):
+                return len(data[0])
+
+            def __getitem__(self, i):
+                return tuple(column[i] for column in data)
+
+        students = [mlp() for _ in range(3)]
+        start = {name: x.clone() for name, x in students[0].state_dict().items()}
+        for student, train in zip(students, (data, Rows(), torch.utils.data.TensorDataset(*data)), strict=True):
+            student.load_state_dict(start)
+            trainer_for(student).fit(train, epochs=2)
+        for other in students[1:]:
+            assert all(torch.equal(a, b) for a, b in zip(students[0].parameters(), other.parameters(), strict=True))
+
+    def test_a_teacher_of_rows(self, data):
+        inputs, targets, labels = data
+        want, got = mlp(), mlp()
+        got.load_state_dict(want.state_dict())
+        history = trainer_for(want).fit(data, data, epochs=2)
+        teacher = pydistill.SoftTargets.from_logits(targets)
+        of_rows = trainer_for(got, teacher=teacher).fit((inputs, labels), (inputs, labels), epochs=2)
+        assert all(torch.equal(a, b) for a, b in zip(want.parameters(), got.parameters(), strict=True))
+        assert of_rows[-1].val.accuracy == history[-1].val.accuracy
+        assert of_rows[-1].val.soft_loss != of_rows[-1].val.soft_loss  # the teacher has no rows for them
+        with pytest.raises(ValueError, match="teacher must have a row per row of train, got 150 for 9"):
+            trainer_for(mlp(), teacher=teacher).fit((inputs[:9], labels[:9]), epochs=1)
+        with pytest.raises(ValueError, match="an iterable does not say which rows"):
+            trainer_for(mlp(), teacher=teacher).fit([(inputs, labels)], epochs=1)
+
+    def test_sample_weight_is_the_fourth_column(self, data):
+        weight = torch.zeros(len(data[0]))
+        weight[:40] = 1
+        want, got = mlp(), mlp()
+        got.load_state_dict(want.state_dict())
+        trainer_for(want).fit(tuple(x[:40] for x in data), epochs=3, batch_size=500)
+        trainer_for(got).fit((*data, weight), epochs=3, batch_size=500)
+        for a, b in zip(want.parameters(), got.parameters(), strict=True):
+            torch.testing.assert_close(a, b)
+
+    def test_accumulated_batches_step_like_one(self, data):
+        inputs, targets, labels = data
+        labels = torch.where(torch.arange(len(labels)) % 3 == 0, -100, labels)
+        weight = torch.rand(len(labels))
+        loss = pydistill.DistillationLoss(unlabeled="distill", class_weight=torch.rand(targets.shape[1]) + 0.5)
+        want, got = mlp(), mlp()
+        got.load_state_dict(want.state_dict())
+        one = trainer_for(want, loss).fit((inputs, targets, labels, weight), epochs=3, batch_size=60)
+        two = trainer_for(got, loss, accumulate=3).fit((inputs, targets, labels, weight), epochs=3, batch_size=20)
+        for a, b in zip(want.parameters(), got.parameters(), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+        assert one[-1].train.loss == pytest.approx(two[-1].train.loss, rel=1e-3)
+        assert one[-1].train.accuracy == pytest.approx(two[-1].train.accuracy)
+
+    def test_clipping_and_schedules(self, data):
+        seen, norms = [], []
+        student = mlp()
+        optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
+        step = optimizer.step
+
+        def watched():
+            norms.append(float(torch.cat([p.grad.flatten() for p in student.parameters()]).norm()))
+            step()
+
+        optimizer.step = watched
+        trainer_for(
+            student,
+            optimizer=optimizer,
+            clip_norm=1e-3,
+            schedules={"alpha": lambda epoch: 1 / epoch, "temperature": float},
+            callbacks=[lambda trainer, record: seen.append((trainer.loss.alpha, trainer.loss.temperature))],
+        ).fit(data, epochs=3)
+        assert seen == [(1.0, 1.0), (0.5, 2.0), (1 / 3, 3.0)]
+        assert max(norms) <= 1e-3 * 1.0001
+
+    def test_autocast_runs_the_student_in_bfloat16(self, data):
+        seen = []
+
+        class Watched(torch.nn.Linear):
+            def forward(self, x):
+                y = super().forward(x)
+                seen.append(y.dtype)
+                return y
+
+        trainer_for(Watched(data[0].shape[1], data[1].shape[1]), autocast=torch.bfloat16).fit(data, epochs=1)
+        assert set(seen) == {torch.bfloat16}
+
+    def test_the_best_model_comes_back(self, data):
+        from pydistill.callbacks import BestModel
+
+        weights = []
+        student, best = mlp(), BestModel("accuracy")
+        optimizer = torch.optim.SGD(student.parameters(), lr=5.0)  # too large: the last epoch is not the best
+        keep = lambda trainer, record: weights.append([p.detach().clone() for p in student.parameters()])  # noqa: E731
+        history = trainer_for(student, optimizer=optimizer, callbacks=[keep, best]).fit(data, data, epochs=6)
+        accuracies = [record.val.accuracy for record in history]
+        assert best.epoch == accuracies.index(max(accuracies)) + 1
+        for a, b in zip(student.parameters(), weights[best.epoch - 1], strict=True):
+            assert torch.equal(a, b)
+
+    def test_history_plots_itself(self, data, tmp_path):
+        pytest.importorskip("matplotlib")
+        history = trainer_for(mlp()).fit(data, data, epochs=2)
+        figure = history.plot(tmp_path / "history.png")
+        assert (tmp_path / "history.png").stat().st_size > 1000
+        lines = figure.axes[0].lines
+        assert [float(y) for y in lines[0].get_ydata()] == [record.train.loss for record in history]
+
+    def test_inputs_that_are_not_finite(self, data):
+        inputs = data[0].clone()
+        inputs[7, 1] = float("nan")
+        with pytest.raises(ValueError, match="train: the inputs must be finite; row 7"):
+            trainer_for(mlp()).fit((inputs, *data[1:]), epochs=1)

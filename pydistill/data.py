@@ -1,0 +1,121 @@
+"""What a Trainer learns from, in batches: tensors and arrays in memory, a Dataset, or an iterable of batches."""
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, IterableDataset, TensorDataset, default_collate
+
+from pydistill.soft_targets import SoftTargets
+
+
+def prepare(name, data, dtype):
+    """Arrays as tensors, floating-point ones of the inputs in the student's ``dtype``; checked where it can be."""
+    if isinstance(data, TensorDataset):
+        data = tuple(data.tensors)
+    if in_memory(data):
+        data = tuple(_as_tensor(column) for column in data)
+        _check_columns(name, data)
+        inputs = data[0]
+        if isinstance(inputs, Tensor) and inputs.is_floating_point():
+            if inputs.dtype is torch.float64:  # what numpy makes of everything
+                inputs = inputs.to(dtype)
+            _check_finite(name, inputs)
+        return (inputs, *data[1:])
+    if isinstance(data, Tensor | SoftTargets | np.ndarray) or not (_is_map(data) or hasattr(data, "__iter__")):
+        raise TypeError(
+            f"{name} must be a tuple of tensors or arrays such as (inputs, targets, labels), a Dataset, or an iterable "
+            f"of such batches; got {describe(data)}"
+        )
+    if _is_map(data) and len(data) == 0:
+        raise ValueError(f"{name} must hold at least one row, got an empty {type(data).__name__}")
+    return data
+
+
+def row_count(data) -> int | None:
+    """Rows of data whose rows can be chosen; None for an iterable, which brings its own batches."""
+    if in_memory(data):
+        return len(data[0])
+    return len(data) if _is_map(data) else None
+
+
+def batches(data, batch_size, *, shuffle):
+    """``(rows, columns)`` of each batch; ``rows`` is None where an iterable decides."""
+    count = row_count(data)
+    if count is None:
+        for columns in data:
+            yield None, columns
+    elif shuffle:
+        for rows in torch.randperm(count).split(batch_size):
+            yield rows, _take(data, rows)
+    else:
+        for start in range(0, count, batch_size):
+            rows = slice(start, min(start + batch_size, count))
+            yield rows, _take(data, rows)
+
+
+def batch_count(data, batch_size) -> int | None:
+    """How many batches an epoch has, where that is known."""
+    count = row_count(data)
+    if count is not None:
+        return math.ceil(count / batch_size)
+    try:
+        return len(data)
+    except TypeError:  # an iterator, or a DataLoader over an iterable dataset
+        return None
+
+
+def _take(data, rows):
+    if in_memory(data):
+        return tuple(column[rows] for column in data)
+    indices = range(rows.start, rows.stop) if isinstance(rows, slice) else rows.tolist()
+    return default_collate([data[i] for i in indices])
+
+
+def in_memory(data) -> bool:
+    """Whether data is a tuple of columns, not of batches."""
+    return isinstance(data, tuple) and not (data and isinstance(data[0], tuple | list))
+
+
+def _is_map(data) -> bool:
+    return isinstance(data, Dataset) and not isinstance(data, IterableDataset) and hasattr(data, "__len__")
+
+
+def _as_tensor(column):
+    return torch.from_numpy(np.ascontiguousarray(column)) if _is_numeric(column) else column
+
+
+def _is_numeric(column) -> bool:
+    return isinstance(column, np.ndarray) and column.dtype.kind in "fiub"
+
+
+def _check_columns(name, columns):
+    for i, column in enumerate(columns):
+        if not isinstance(column, Tensor | SoftTargets) or len(column.shape) == 0:
+            raise TypeError(
+                f"{name} must hold tensors, arrays of numbers or SoftTargets with a row per item; its element {i} is "
+                f"{describe(column)}. SoftTargets.from_probs takes a teacher's probabilities"
+            )
+    lengths = [len(column) for column in columns]
+    if not lengths or lengths[0] == 0:
+        raise ValueError(f"{name} must hold at least one row, got {describe(columns)}")
+    if len(set(lengths)) > 1:
+        raise ValueError(f"{name} must hold columns of one length, got lengths {', '.join(map(str, lengths))}")
+
+
+def _check_finite(name, inputs):
+    rows = inputs.reshape(len(inputs), -1)
+    if not torch.isfinite(rows.sum()):  # one pass; a sum that overflows is told from a NaN below
+        bad = ~rows.isfinite().all(-1)
+        if bad.any():
+            row = int(bad.nonzero()[0])
+            raise ValueError(f"{name}: the inputs must be finite; row {row} holds a NaN or an infinity")
+
+
+def describe(value) -> str:
+    """The form of a value, for messages: types, shapes and dtypes, never the numbers."""
+    if isinstance(value, tuple | list) and len(value) <= 8:
+        return f"({', '.join(map(describe, value))})"
+    shape = f" of shape {tuple(value.shape)} and dtype {value.dtype}" if isinstance(value, Tensor) else ""
+    return type(value).__name__ + shape

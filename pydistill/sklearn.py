@@ -1,0 +1,309 @@
+"""``DistilledClassifier``: a small network as a scikit-learn classifier, taught by a larger classifier."""
+
+import pickle
+from copy import deepcopy
+from numbers import Integral
+
+import numpy as np
+import torch
+from torch import nn
+
+from pydistill.losses import DistillationLoss
+from pydistill.soft_targets import SoftTargets
+from pydistill.teachers import soft_targets, teacher_outputs
+from pydistill.trainer import Trainer
+
+try:
+    from sklearn.base import BaseEstimator, ClassifierMixin, clone
+    from sklearn.frozen import FrozenEstimator
+    from sklearn.utils import check_array, check_random_state
+    from sklearn.utils.multiclass import check_classification_targets
+    from sklearn.utils.validation import _check_sample_weight, check_is_fitted, check_memory, validate_data
+except ImportError as error:
+    raise ImportError("pydistill.sklearn needs scikit-learn: pip install 'pydistill-kd[sklearn]'") from error
+
+_FLOATS = (np.float64, np.float32)  # the teacher gets the features in the precision that they have
+_UNLABELED = -100
+_PREDICT_ROWS = 4096
+
+
+class DistilledClassifier(ClassifierMixin, BaseEstimator):
+    r"""A small torch network that learns from a larger classifier and from the labels; a scikit-learn classifier.
+
+    ``fit`` gets the teacher's soft targets for each row from a refit that did not see the row
+    (:func:`pydistill.teachers.soft_targets`), fits the teacher on all rows, and trains the student on
+
+    .. math::
+        \text{alpha}\, T^2\, \mathrm{KL}(\text{teacher}_T, \text{student}_T)
+        + (1 - \text{alpha})\, \mathrm{CE}(\text{student}, y)
+
+    with Adam in float32. ``predict``, ``predict_proba`` (the student's softmax at T = 1) and ``score`` use the student
+    alone.
+
+    The features are not scaled: put a ``StandardScaler`` before it in a Pipeline; the teacher then gets scaled features
+    too. The teacher gets DataFrames as they are, everything else as an array, and the labels as they are: XGBoost wants
+    them to be 0, 1, ...
+
+    Args:
+        teacher: any classifier with ``predict_proba``; clones of it are fitted. Two kinds are used as they are, for all
+            rows, and should not have been fitted on those of ``fit``: a ``FrozenEstimator`` around a fitted classifier,
+            and a torch module that maps float rows to logits, one per class in sorted order.
+        hidden_layer_sizes: widths of the student's hidden layers, with ReLU between them; () is a linear student.
+        student: another student than that: a function of ``(n_features, n_classes)`` that makes a torch module, or a
+            module, which is copied with its weights. It maps ``(rows, n_features)`` to logits ``(rows, n_classes)``;
+            for images begin with ``torch.nn.Unflatten``.
+        temperature: T, at which teacher and student are compared. A forest's probabilities are soft as they are: search
+            from T = 1 on, and for alpha too.
+        alpha: weight of the soft term in [0, 1]; with 0 the student learns from the labels alone.
+        epochs: passes over the rows.
+        batch_size: rows per step.
+        learning_rate: of Adam.
+        cv: folds of the soft targets: a number, a splitter, or an iterable of ``(train, test)`` indices.
+        memory: a folder, or a joblib.Memory, where fitted teachers and their targets are kept: with an int for
+            ``random_state``, a search over temperature and alpha then fits the teacher once per split of its data, not
+            once per candidate.
+        random_state: an int makes ``fit`` the same to the bit every time; it also seeds whatever in the teacher has
+            ``random_state=None``. torch's global random state is never touched.
+
+    Attributes:
+        classes_: the labels, sorted; the columns of ``predict_proba``.
+        teacher_: the teacher, fitted on all rows.
+        student_: the trained module, in eval mode. To ship it, save this; a pickle of the classifier holds the teacher.
+        agreement_: share of the rows of ``fit`` for which student and ``teacher_`` have the same class.
+        compression_: bytes of the pickled teacher / bytes of the student's parameters and buffers.
+        history_: what :meth:`pydistill.Trainer.fit` returned, a record per epoch.
+        n_features_in_, feature_names_in_: as everywhere in scikit-learn.
+
+    Example:
+        >>> from sklearn.datasets import load_digits
+        >>> from sklearn.ensemble import RandomForestClassifier
+        >>> from sklearn.model_selection import train_test_split
+        >>> from sklearn.pipeline import make_pipeline
+        >>> from sklearn.preprocessing import StandardScaler
+        >>> from pydistill.sklearn import DistilledClassifier
+        >>> X, X_test, y, y_test = train_test_split(*load_digits(return_X_y=True), random_state=0)
+        >>> model = DistilledClassifier(RandomForestClassifier(50), temperature=1.0, alpha=0.3, random_state=0)
+        >>> pipeline = make_pipeline(StandardScaler(), model).fit(X, y)
+        >>> pipeline.score(X_test, y_test) > 0.95, model.agreement_ > 0.95, model.compression_ > 100
+        (True, True, True)
+    """
+
+    def __init__(
+        self,
+        teacher,
+        *,
+        hidden_layer_sizes=(32,),
+        student=None,
+        temperature=2.0,
+        alpha=0.7,
+        epochs=40,
+        batch_size=64,
+        learning_rate=1e-2,
+        cv=5,
+        memory=None,
+        random_state=None,
+    ):
+        self.teacher = teacher
+        self.hidden_layer_sizes = hidden_layer_sizes
+        self.student = student
+        self.temperature = temperature
+        self.alpha = alpha
+        self.epochs = epochs
+        self.batch_size = batch_size
+        self.learning_rate = learning_rate
+        self.cv = cv
+        self.memory = memory
+        self.random_state = random_state
+
+    def fit(self, X, y, sample_weight=None, X_unlabeled=None):
+        """Fit the teacher, then the student.
+
+        Args:
+            X: ``(N, n_features)``, array, list or DataFrame of numbers, all of them finite.
+            y: ``(N,)``, integers, strings or booleans.
+            sample_weight: ``(N,)``, finite and >= 0, on both terms of the student's loss. The teacher is fitted without
+                weights.
+            X_unlabeled: ``(M, n_features)``, more rows, of which the student learns what the fitted teacher says; each
+                weighs 1. In a Pipeline they pass the steps before only with ``transform_input=["X_unlabeled"]``.
+
+        Returns:
+            DistilledClassifier: itself.
+
+        Raises:
+            ValueError, TypeError: rows, labels, weights or an option that cannot be used; a teacher whose classes are
+                not those of y; a loss that ceased to be finite. Options are checked before the teacher is fitted.
+        """
+        features, y = validate_data(self, X, y, dtype=_FLOATS)
+        check_classification_targets(y)
+        classes, codes = np.unique(y, return_inverse=True)
+        weight = sample_weight
+        if weight is not None:
+            weight = _check_sample_weight(weight, features, ensure_non_negative=True)
+        _check_classes(classes, codes, weight)
+        unlabeled = None if X_unlabeled is None else self._check_unlabeled(X_unlabeled)
+
+        rng = check_random_state(self.random_state)
+        inputs = torch.tensor(features, dtype=torch.float32)
+        student, trainer = self._make_trainer(inputs, len(classes), rng)
+        epochs, batch_size = _count("epochs", self.epochs), _count("batch_size", self.batch_size)
+
+        rows = _as_teacher_takes_them(X, features)
+        teacher, targets = self._teach(rows, y, classes, rng)
+        labels = torch.from_numpy(codes)
+        data = (inputs, targets, labels)
+        if unlabeled is not None:
+            more = teacher_outputs(teacher, _as_teacher_takes_them(X_unlabeled, unlabeled))
+            data = _append(data, torch.tensor(unlabeled, dtype=torch.float32), more)
+        if weight is not None:
+            ones = np.ones(len(data[0]) - len(weight))
+            data = (*data, torch.from_numpy(np.concatenate([weight, ones]).astype(np.float32)))
+        history = trainer.fit(data, epochs=epochs, batch_size=batch_size)
+        _check_finite(history, self.learning_rate)
+
+        self.classes_, self.teacher_, self.student_, self.history_ = classes, teacher, student.eval(), history
+        agrees = _logits(student, inputs).argmax(-1) == teacher_outputs(teacher, rows).logits.argmax(-1)
+        self.agreement_ = float(agrees.double().mean())
+        return self
+
+    def predict(self, X):
+        """The student's classes ``(N,)``."""
+        probs = self.predict_proba(X)  # first: it says so if this was never fitted
+        return self.classes_[probs.argmax(1)]
+
+    def predict_proba(self, X):
+        """The student's probabilities ``(N, n_classes)`` at T = 1, float32; columns in the order of ``classes_``."""
+        check_is_fitted(self)
+        X = validate_data(self, X, reset=False, dtype=_FLOATS)
+        return _logits(self.student_, torch.tensor(X, dtype=torch.float32)).softmax(-1).numpy()
+
+    @property
+    def compression_(self):
+        """Bytes of the pickled teacher / bytes of the student's parameters and buffers."""
+        check_is_fitted(self)
+        return len(pickle.dumps(self.teacher_)) / sum(x.nbytes for x in self.student_.state_dict().values())
+
+    def _check_unlabeled(self, X_unlabeled):
+        rows = check_array(X_unlabeled, dtype=_FLOATS, input_name="X_unlabeled")
+        if rows.shape[1] != self.n_features_in_:
+            raise ValueError(f"X_unlabeled must have the {self.n_features_in_} features of X, got {rows.shape[1]}")
+        validate_data(self, X_unlabeled, reset=False, skip_check_array=True)  # the names of a DataFrame's columns
+        return rows
+
+    def _make_trainer(self, inputs, n_classes, rng):
+        """Student and trainer. Made before the teacher is fitted, which may take long, to find errors first."""
+        loss = DistillationLoss(temperature=self.temperature, alpha=self.alpha, unlabeled="distill")
+        weights_seed, seed = (int(x) for x in rng.randint(2**31 - 1, size=2))
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(weights_seed)
+            student = self._make_student(inputs.shape[1], n_classes)
+            outputs = _logits(student.eval(), inputs[:2])  # lazy layers get their parameters here
+        if outputs.shape != (len(inputs[:2]), n_classes):
+            raise ValueError(
+                f"student must map (rows, {inputs.shape[1]}) to logits (rows, {n_classes}), one for each class; it "
+                f"maps {tuple(inputs[:2].shape)} to {tuple(outputs.shape)}"
+            )
+        optimizer = torch.optim.Adam(student.parameters(), lr=self.learning_rate, fused=True)
+        return student, Trainer(student, loss, optimizer=optimizer, seed=seed, progress=False)
+
+    def _make_student(self, n_features, n_classes) -> nn.Module:
+        if isinstance(self.student, nn.Module):
+            return deepcopy(self.student)
+        if self.student is None:
+            return _mlp(n_features, self.hidden_layer_sizes, n_classes)
+        if not callable(self.student):
+            raise TypeError(
+                "student must be a torch module or a function of (n_features, n_classes) that makes one, got "
+                f"{type(self.student).__name__}"
+            )
+        student = self.student(n_features, n_classes)
+        if not isinstance(student, nn.Module):
+            raise TypeError(f"student(n_features, n_classes) must give a torch module, got {type(student).__name__}")
+        return student
+
+    def _teach(self, rows, y, classes, rng):
+        """The fitted teacher, and its targets for the rows."""
+        if isinstance(self.teacher, nn.Module | FrozenEstimator):
+            teacher = self.teacher if isinstance(self.teacher, nn.Module) else self.teacher.estimator
+            targets = teacher_outputs(teacher, rows)
+            _check_prefit(teacher, targets, classes)
+            return teacher, targets
+        teacher = _seed(clone(self.teacher), rng)
+        return check_memory(self.memory).cache(_fit_teacher)(teacher, rows, y, self.cv)
+
+
+def _fit_teacher(teacher, rows, y, cv):
+    targets = soft_targets(teacher, rows, y, cv=cv)
+    return teacher.fit(rows, y), targets
+
+
+def _seed(teacher, rng):
+    """Numbers for whatever in the teacher has no random_state of its own."""
+    names = (name for name in teacher.get_params() if name == "random_state" or name.endswith("__random_state"))
+    unset = sorted(name for name in names if teacher.get_params()[name] is None)
+    return teacher.set_params(**{name: int(rng.randint(2**31 - 1)) for name in unset})
+
+
+def _mlp(n_features, hidden, n_classes) -> nn.Module:
+    hidden = tuple(hidden) if np.iterable(hidden) else (hidden,)
+    if not all(isinstance(width, Integral) and width > 0 for width in hidden):
+        raise ValueError(f"hidden_layer_sizes must be whole numbers of at least 1, got {hidden}")
+    layers, width = [], n_features
+    for size in hidden:
+        layers += [nn.Linear(width, int(size)), nn.ReLU()]
+        width = int(size)
+    return nn.Sequential(*layers, nn.Linear(width, n_classes))
+
+
+@torch.no_grad()
+def _logits(student, inputs):
+    return torch.cat([student(part) for part in inputs.split(_PREDICT_ROWS)])
+
+
+def _append(data, inputs, targets):
+    """More rows, without labels."""
+    columns, soft, labels = data
+    none = torch.full((len(inputs),), _UNLABELED)
+    soft = SoftTargets.from_log_probs(torch.cat([soft.logits, targets.logits]))
+    return torch.cat([columns, inputs]), soft, torch.cat([labels, none])
+
+
+def _as_teacher_takes_them(X, features):
+    """A DataFrame as it is, since a teacher may choose columns by their names; else the validated array."""
+    return X if hasattr(X, "columns") else features
+
+
+def _check_classes(classes, codes, weight):
+    present = np.unique(codes if weight is None else codes[weight > 0])
+    if len(present) < 2:
+        where = "" if weight is None else " in rows whose sample_weight is not 0"
+        noun = "class" if len(present) == 1 else "classes"
+        raise ValueError(f"y must hold at least two classes{where}, got {len(present)} {noun}")
+
+
+def _check_prefit(teacher, targets, classes):
+    if isinstance(teacher, nn.Module):
+        if targets.shape[1:] != (len(classes),):
+            raise ValueError(
+                f"teacher must have one output for each of the {len(classes)} classes of y, got outputs of shape "
+                f"{tuple(targets.shape)}"
+            )
+    elif not np.array_equal(teacher.classes_, classes):
+        fitted = np.asarray(teacher.classes_).tolist()
+        raise ValueError(f"teacher must have the classes of y, {classes.tolist()}; it was fitted on {fitted}")
+
+
+def _check_finite(history, learning_rate):
+    for record in history:
+        if not np.isfinite(record.train.loss):
+            raise ValueError(
+                f"the student's loss is {record.train.loss} in epoch {record.epoch}: scale the features "
+                f"(StandardScaler), or lower learning_rate, which is {learning_rate}"
+            )
+
+
+def _count(name, value) -> int:
+    if isinstance(value, bool) or not isinstance(value, Integral):  # a search gives numpy's integers
+        raise TypeError(f"{name} must be an integer, got {value!r}")
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}")
+    return int(value)

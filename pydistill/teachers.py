@@ -1,0 +1,324 @@
+"""Soft targets from trained teachers: scikit-learn classifiers, XGBoost, torch modules."""
+
+import warnings
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pydistill.soft_targets import SoftTargets
+from pydistill.trainer import _mode
+
+# Their decision values are logits: the softmax of them (of [0, d] for one column d) is predict_proba. Not so for
+# SVC, whose decision values are distances or votes, nor for AdaBoost, whose are scaled.
+_LOGIT_CLASSES = (
+    "LogisticRegression",  # and LogisticRegressionCV, which derives from it
+    "HistGradientBoostingClassifier",
+    "GradientBoostingClassifier",
+    "LinearDiscriminantAnalysis",
+)
+_XGBOOST_LOGITS = ("binary:logistic", "multi:softprob", "multi:softmax")
+_IN_SAMPLE = (
+    "in_sample=True: the teacher was fitted on these rows and is surer of them than of new ones (a random forest "
+    "especially), so that its targets say little more than the labels do. Without in_sample each row's targets come "
+    "from a refit that did not see it"
+)
+
+
+def soft_targets(estimator, X, y, *, cv=5, in_sample=False) -> SoftTargets:
+    """A scikit-learn classifier's soft targets for the rows it learns from, each from a refit that did not see the row.
+
+    The targets are logits where the classifier has them: the decision values of logistic regression, linear
+    discriminant analysis and (Hist)GradientBoosting, the margins of XGBClassifier. Everything else gives
+    ``log(predict_proba)``; an SVC's decision values are not logits. Of a Pipeline the last step decides, of a fitted
+    search its best estimator.
+
+    A forest or BaggingClassifier made with ``oob_score=True`` is fitted once, on all rows, and a row's targets are
+    those of the trees that did not see it; ``cv`` is not used then. Within a Pipeline the preprocessing would have
+    seen the row: there the folds are used.
+
+    Args:
+        estimator: any classifier with ``predict_proba``, fitted or not. Clones are fitted, it is not touched.
+        X: ``(N, ...)``, what the estimator takes: array, DataFrame, sparse matrix, list. Missing values are its affair.
+        y: ``(N,)``, the labels: integers, strings, booleans.
+        cv: number of folds, stratified and in the rows' order as in scikit-learn, or a splitter, or an iterable of
+            ``(train, test)`` indices, as ``GroupKFold(5).split(X, y, groups)`` gives it.
+        in_sample: take the fitted estimator's outputs for X as they are, although it has seen these rows. Warns.
+
+    Returns:
+        SoftTargets: ``(N, C)``, float32, on the CPU. Column j is class ``numpy.unique(y)[j]``, whatever the order of
+        the estimator's ``classes_``.
+
+    Raises:
+        ValueError: an estimator without predict_proba, or frozen; X and y of different lengths; y that is not 1-D or
+            holds one class; a class with fewer rows than folds, or missing from a fold's training rows; a ``cv`` that
+            does not hold out each row once; rows that were never out of bag; with ``in_sample`` an estimator whose
+            classes are not those of y. And what the estimator raises.
+
+    Example:
+        >>> from sklearn.datasets import load_iris
+        >>> from sklearn.ensemble import RandomForestClassifier
+        >>> from pydistill.teachers import soft_targets
+        >>> X, y = load_iris(return_X_y=True)
+        >>> targets = soft_targets(RandomForestClassifier(50, random_state=0), X, y)
+        >>> targets, float((targets.logits.argmax(-1).numpy() == y).mean()) > 0.9
+        (SoftTargets(shape=(150, 3), dtype=torch.float32), True)
+    """
+    _check_classifier(estimator)
+    X, y, classes = _check_rows(X, y)
+    if in_sample:
+        warnings.warn(_IN_SAMPLE, UserWarning, stacklevel=2)
+        logits = _in_columns(_logits(estimator, X), estimator, classes)
+    elif _is_frozen(estimator):
+        raise ValueError(
+            "estimator is frozen, so that it cannot be refitted for out-of-fold targets. For rows that it was not "
+            "fitted on use pydistill.teachers.teacher_outputs(estimator, X); in_sample=True takes its outputs for these"
+        )
+    elif getattr(estimator, "oob_score", False):
+        logits = _out_of_bag(estimator, X, y, classes)
+    else:
+        logits = _out_of_fold(estimator, X, y, classes, cv)
+    return _as_targets(logits)
+
+
+def teacher_outputs(teacher, X, *, batch_size=256) -> SoftTargets:
+    """A fitted teacher's soft targets for rows that it was **not** fitted on: unlabelled data, validation rows.
+
+    For its own training rows use :func:`soft_targets`: a teacher is far surer of those than of any others.
+
+    Args:
+        teacher: a fitted classifier, whose outputs are taken as in :func:`soft_targets`; or a torch module that maps
+            inputs to logits ``(rows, ..., C)``. It runs in eval mode under ``torch.inference_mode()``; each of its
+            submodules gets its own mode back.
+        X: what the teacher takes. For a module a tensor, which is passed on as it is, or an array, whose floats get the
+            dtype of the module's. Nothing is moved between devices.
+        batch_size: rows per batch of a module. A classifier gets all rows at once.
+
+    Returns:
+        SoftTargets: ``(N, ..., C)``, float32; normal tensors, which autograd can save. Columns are in the order of the
+        classifier's ``classes_``.
+
+    Raises:
+        ValueError: no rows, batch_size below 1, a classifier without predict_proba, outputs that hold NaN.
+        TypeError: a module that gives something else than a floating-point tensor with a row per input.
+
+    Example:
+        >>> import torch
+        >>> from pydistill.teachers import teacher_outputs
+        >>> cnn = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3), torch.nn.Flatten(), torch.nn.Linear(144, 10))
+        >>> teacher_outputs(cnn, torch.randn(1000, 1, 8, 8))
+        SoftTargets(shape=(1000, 10), dtype=torch.float32)
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    if isinstance(teacher, torch.nn.Module):
+        return _as_targets(_module_logits(teacher, X, batch_size))
+    _check_classifier(teacher)
+    X = X if hasattr(X, "shape") else np.asarray(X)
+    return _as_targets(_logits(teacher, X))
+
+
+def _out_of_fold(estimator, X, y, classes, cv):
+    from sklearn.base import clone
+
+    logits = torch.empty(len(y), len(classes))
+    for train, test in _splits(X, y, classes, cv):
+        fitted = clone(estimator).fit(_take(X, train), y[train])
+        logits[test] = _in_columns(_logits(fitted, _take(X, test)), fitted, classes)
+    return logits
+
+
+def _out_of_bag(estimator, X, y, classes):
+    from sklearn.base import clone
+
+    fitted = clone(estimator).fit(X, y)
+    probs = fitted.oob_decision_function_
+    never = ~(probs.sum(1) > 0)  # forests leave 0 there, BaggingClassifier NaN
+    if never.any():
+        raise ValueError(
+            f"estimator has no out-of-bag targets for {never.sum()} of {len(y)} rows (the first is row "
+            f"{never.argmax()}): all of its {len(fitted.estimators_)} members saw them. Use more members, or "
+            "oob_score=False for targets out of fold"
+        )
+    return _in_columns(_log(probs), fitted, classes)
+
+
+def _splits(X, y, classes, cv):
+    """The folds as a list of (train, test) indices; every rule is checked before anything is fitted."""
+    from sklearn.model_selection import StratifiedKFold, check_cv
+
+    folds = check_cv(cv, y, classifier=True)
+    if isinstance(folds, StratifiedKFold):
+        counts = np.unique(y, return_counts=True)[1]
+        if counts.min() < folds.n_splits:
+            raise ValueError(
+                f"y must hold at least {folds.n_splits} rows of each class, one for each fold; it holds {counts.min()} "
+                f"of class {classes[counts.argmin()]!r}. Use fewer folds (cv=)"
+            )
+    splits = list(folds.split(X, y))
+    held_out = np.sort(np.concatenate([test for _, test in splits]))
+    if not np.array_equal(held_out, np.arange(len(y))):
+        raise ValueError(
+            f"cv must hold out each of the {len(y)} rows once; it holds out {len(held_out)}, of which "
+            f"{len(np.unique(held_out))} are different"
+        )
+    for number, (train, test) in enumerate(splits):
+        if np.intersect1d(train, test).size:
+            raise ValueError(f"cv must not train on the rows that it holds out, as fold {number} does")
+        missing = np.setdiff1d(classes, y[train])
+        if missing.size:
+            raise ValueError(
+                f"cv must leave every class in the training rows; fold {number} has none of class {missing[0]!r}"
+            )
+    return splits
+
+
+def _logits(estimator, X) -> Tensor:
+    """A fitted classifier's logits, or log-probabilities: float32 (N, C), columns in the order of its classes_."""
+    from sklearn.frozen import FrozenEstimator
+    from sklearn.pipeline import Pipeline
+
+    if isinstance(estimator, Pipeline):
+        steps = estimator[:-1]
+        return _logits(estimator[-1], steps.transform(X) if len(steps) else X)
+    if isinstance(estimator, FrozenEstimator):
+        return _logits(estimator.estimator, X)
+    if hasattr(estimator, "best_estimator_"):
+        return _logits(estimator.best_estimator_, X)
+    if _is_a(estimator, "xgboost", "XGBClassifier") and estimator.objective in _XGBOOST_LOGITS:
+        return _expand(estimator.predict(X, output_margin=True))
+    if _has_logits(estimator):
+        return _expand(estimator.decision_function(X))
+    probs = estimator.predict_proba(X)
+    if isinstance(probs, list):
+        raise ValueError(f"the teacher must have one output, got a {type(estimator).__name__} with {len(probs)}")
+    return _log(probs)
+
+
+def _has_logits(estimator):
+    if _is_a(estimator, "sklearn", "GradientBoostingClassifier") and estimator.loss != "log_loss":
+        return False
+    return any(_is_a(estimator, "sklearn", name) for name in _LOGIT_CLASSES)
+
+
+def _is_a(estimator, package, name) -> bool:
+    """Whether it is of this class or derives from it, without importing the package."""
+    return any(c.__name__ == name and c.__module__.split(".")[0] == package for c in type(estimator).__mro__)
+
+
+def _expand(scores) -> Tensor:
+    """Two classes have one column d, the difference of their logits: [0, d]."""
+    scores = torch.as_tensor(np.ascontiguousarray(scores), dtype=torch.float32)
+    return torch.stack([torch.zeros_like(scores), scores], -1) if scores.dim() == 1 else scores
+
+
+def _log(probs) -> Tensor:
+    """Logarithms in the probabilities' own precision: 1e-50 is 0 in float32, its logarithm is not."""
+    return SoftTargets.from_probs(np.ascontiguousarray(probs)).logits.float()
+
+
+def _in_columns(logits, estimator, classes) -> Tensor:
+    have, want = np.asarray(estimator.classes_).tolist(), classes.tolist()
+    if have == want:
+        return logits
+    if sorted(have) != want:
+        raise ValueError(f"estimator must have the classes of y, {_few(want)}; it has {_few(have)}")
+    return logits[:, [have.index(c) for c in want]]
+
+
+def _few(classes) -> str:
+    return repr(classes) if len(classes) <= 10 else f"{str(classes[:10])[:-1]}, ...] ({len(classes)})"
+
+
+def _module_logits(module, X, batch_size) -> Tensor:
+    X = X if isinstance(X, Tensor) else np.asarray(X)  # a memory map stays one
+    if X.ndim == 0 or not len(X):
+        raise ValueError(f"X must hold at least one row, got shape {tuple(X.shape)}")
+    dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
+    logits = None
+    with _mode(module, training=False):
+        for start in range(0, len(X), batch_size):
+            rows = X[start : start + batch_size]
+            with torch.inference_mode():
+                outputs = module(rows if isinstance(rows, Tensor) else _as_tensor(rows, dtype))
+            _check_outputs(outputs, len(rows))
+            if logits is None:  # a tensor made in inference mode could not be trained with; copying into this one can
+                logits = torch.empty(len(X), *outputs.shape[1:])
+            logits[start : start + batch_size] = outputs
+    _warn_of_probabilities(logits)
+    return logits
+
+
+def _as_tensor(array, dtype) -> Tensor:
+    tensor = torch.tensor(array)
+    return tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+
+def _check_outputs(outputs, rows):
+    good = isinstance(outputs, Tensor) and outputs.is_floating_point() and outputs.dim() > 1 and len(outputs) == rows
+    if not good:
+        got = f"{outputs.dtype} {tuple(outputs.shape)}" if isinstance(outputs, Tensor) else type(outputs).__name__
+        raise TypeError(f"teacher must map {rows} rows to floating-point logits ({rows}, ..., C), got {got}")
+
+
+def _warn_of_probabilities(logits):
+    if logits.shape[-1] > 1 and (logits >= 0).all() and ((logits.sum(-1) - 1).abs() < 1e-3).all():
+        warnings.warn(
+            "teacher looks as if it gave probabilities (its outputs are >= 0 and sum to 1), but a module's outputs are "
+            "taken as logits: leave out its softmax, or use SoftTargets.from_probs on its outputs",
+            UserWarning,
+            stacklevel=4,
+        )
+
+
+def _as_targets(logits) -> SoftTargets:
+    rows = torch.isnan(logits).flatten(1).any(1)
+    if rows.any():
+        raise ValueError(f"teacher must not give NaN, as it does for row {int(rows.nonzero()[0])}")
+    return SoftTargets.from_log_probs(logits)  # logits are log-probabilities but for a constant per row; sees -inf
+
+
+def _check_classifier(estimator):
+    name = type(estimator).__name__
+    if isinstance(estimator, torch.nn.Module):
+        raise TypeError(
+            f"estimator must be a classifier that can be refitted, got the torch module {name}. For rows that it was "
+            "not trained on use pydistill.teachers.teacher_outputs(module, X)"
+        )
+    try:
+        import sklearn  # noqa: F401
+    except ImportError as error:
+        raise ImportError("pydistill.teachers needs scikit-learn: pip install 'pydistill-kd[sklearn]'") from error
+    if not hasattr(estimator, "predict_proba"):
+        raise ValueError(
+            f"the teacher must have predict_proba, got {name} without it; its decision values, if any, are no logits. "
+            "Calibrate it: sklearn.calibration.CalibratedClassifierCV(estimator, ensemble=False)"
+        )
+
+
+def _check_rows(X, y):
+    from sklearn.utils.multiclass import check_classification_targets
+
+    X, y = X if hasattr(X, "shape") else np.asarray(X), np.asarray(y)
+    if y.ndim != 1:
+        raise ValueError(f"y must be 1-D, a label per row; got shape {y.shape}")
+    if X.shape[0] != len(y):
+        raise ValueError(f"X and y must have the same number of rows, got {X.shape[0]} and {len(y)}")
+    check_classification_targets(y)
+    classes = np.unique(y)
+    if len(classes) < 2:
+        raise ValueError(f"y must hold at least two classes, got {classes.tolist()}")
+    return X, y, classes
+
+
+def _is_frozen(estimator) -> bool:
+    from sklearn.frozen import FrozenEstimator
+    from sklearn.pipeline import Pipeline
+
+    if isinstance(estimator, Pipeline):
+        return _is_frozen(estimator[-1])
+    return isinstance(estimator, FrozenEstimator)
+
+
+def _take(X, rows):
+    return X.iloc[rows] if hasattr(X, "iloc") else X[rows]

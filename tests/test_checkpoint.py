@@ -1,0 +1,195 @@
+"""Checkpoints: a run that is killed and resumed ends as if it had not been; what is damaged is refused."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import pydistill
+from pydistill import checkpoint
+from pydistill.callbacks import BestModel, EarlyStopping
+
+pytest.importorskip("safetensors")
+
+KILLS = 20
+SCRIPT = """
+import os, random, signal, sys, time
+import torch, pydistill
+from pydistill.callbacks import BestModel
+
+torch.set_num_threads(1)
+folder, kills = sys.argv[1], int(sys.argv[2])
+
+
+def train(name):
+    torch.manual_seed(3)
+    inputs, targets = torch.randn(96, 6), torch.randn(96, 3)
+    labels = targets.argmax(-1)
+    layers = torch.nn.Linear(6, 16), torch.nn.Dropout(0.2), torch.nn.ReLU(), torch.nn.Linear(16, 3)
+    student = torch.nn.Sequential(*layers)
+    optimizer = torch.optim.Adam(student.parameters(), lr=1e-2)
+    trainer = pydistill.Trainer(
+        student,
+        pydistill.DistillationLoss(temperature=2.0),
+        optimizer=optimizer,
+        scheduler=torch.optim.lr_scheduler.StepLR(optimizer, 5, 0.7),
+        schedules={"alpha": lambda epoch: 1 / epoch},
+        callbacks=[BestModel()],
+        seed=0,
+        progress=False,
+        checkpoint_dir=os.path.join(folder, name),
+        checkpoint_every=1,
+    )
+    history = trainer.fit((inputs, targets, labels), (inputs, targets, labels), epochs=40, batch_size=16, resume=True)
+    assert [x.epoch for x in history] == list(range(1, 41))
+    torch.save([p.detach() for p in student.parameters()], os.path.join(folder, name + ".pt"))
+
+
+def start(name):
+    child = os.fork()
+    if child == 0:
+        try:
+            train(name)
+        finally:
+            os._exit(not os.path.exists(os.path.join(folder, name + ".pt")))
+    return child
+
+
+os.waitpid(start("whole"), 0)
+moments = random.Random(int(sys.argv[3]))
+killed = 0
+while killed < kills:
+    child = start("killed")
+    time.sleep(moments.uniform(0.005, 0.08))
+    os.kill(child, signal.SIGKILL)
+    if not os.WIFSIGNALED(os.waitpid(child, 0)[1]):
+        break
+    killed += 1
+os.waitpid(start("killed"), 0)
+whole, resumed = (torch.load(os.path.join(folder, name + ".pt")) for name in ("whole", "killed"))
+print(killed, all(torch.equal(a, b) for a, b in zip(whole, resumed)))
+"""
+
+
+@pytest.mark.skipif(not hasattr(__import__("os"), "fork"), reason="needs fork")
+@pytest.mark.timeout(240)
+def test_killed_at_random_moments_and_resumed_is_bit_identical(tmp_path):
+    result = subprocess.run(
+        [sys.executable, "-c", SCRIPT, str(tmp_path), str(KILLS), "1"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert result.returncode == 0, result.stderr
+    killed, equal = result.stdout.split()
+    assert int(killed) == KILLS
+    assert equal == "True"
+
+
+@pytest.fixture
+def data():
+    inputs, targets = torch.randn(40, 5), torch.randn(40, 3)
+    return inputs, targets, targets.argmax(-1)
+
+
+def trainer_in(folder, student=None, **options):
+    torch.manual_seed(0)
+    student = torch.nn.Linear(5, 3) if student is None else student
+    return pydistill.Trainer(student, seed=0, progress=False, checkpoint_dir=folder, **options)
+
+
+def weights(trainer):
+    return torch.cat([p.detach().flatten() for p in trainer.student.parameters()])
+
+
+def test_resume_from_the_one_before_a_torn_checkpoint(tmp_path, data):
+    whole = trainer_in(tmp_path / "whole")
+    whole.fit(data, epochs=4, batch_size=16)
+    trainer_in(tmp_path / "torn").fit(data, epochs=3, batch_size=16)
+    newest, before = checkpoint.found(tmp_path / "torn")
+    newest.write_bytes(newest.read_bytes()[:-10])
+    resumed = trainer_in(tmp_path / "torn")
+    with pytest.warns(UserWarning, match=f"{newest.name} is torn or damaged"):
+        history = resumed.fit(data, epochs=4, batch_size=16, resume=True)
+    assert len(history) == 4
+    assert torch.equal(weights(resumed), weights(whole))
+    assert before.exists() is False  # two are kept
+
+
+def test_no_whole_checkpoint_is_an_error(tmp_path, data):
+    trainer_in(tmp_path).fit(data, epochs=2)
+    for path in checkpoint.found(tmp_path):
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content)
+    with pytest.warns(UserWarning, match="damaged"), pytest.raises(ValueError, match="none of the 2 checkpoints"):
+        trainer_in(tmp_path).fit(data, epochs=3, resume=True)
+
+
+def test_a_full_disk_leaves_the_earlier_ones(tmp_path, data, monkeypatch):
+    trainer_in(tmp_path).fit(data, epochs=2)
+    before = checkpoint.found(tmp_path)
+
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match=r"checkpoint 3 was not written, earlier ones are whole.*No space left"):
+        trainer_in(tmp_path).fit(data, epochs=3, resume=True)
+    assert checkpoint.found(tmp_path) == before
+    assert not list(tmp_path.glob("unfinished-*"))
+
+
+@pytest.mark.parametrize(
+    ("change", "options", "message"),
+    [
+        ({"student": torch.nn.Linear(5, 4)}, {}, "another student"),
+        ({}, {"batch_size": 8}, "made with batch_size=16, got 8"),
+        ({"accumulate": 2}, {}, "made with accumulate=1, got 2"),
+    ],
+)
+def test_another_run_is_refused(tmp_path, data, change, options, message):
+    trainer_in(tmp_path).fit(data, epochs=1, batch_size=16)
+    with pytest.raises(ValueError, match=message):
+        trainer_in(tmp_path, **change).fit(data, **{"epochs": 2, "batch_size": 16, "resume": True} | options)
+    with pytest.raises(ValueError, match="holds checkpoints of an earlier run"):
+        trainer_in(tmp_path).fit(data, epochs=2, batch_size=16)
+    assert len(checkpoint.found(tmp_path)) == 1
+
+
+def test_resume_without_checkpoints_starts_anew(tmp_path, data):
+    assert len(trainer_in(tmp_path / "new").fit(data, epochs=2, resume=True)) == 2
+    with pytest.raises(ValueError, match="resume=True needs checkpoint_dir"):
+        pydistill.Trainer(torch.nn.Linear(5, 3), progress=False).fit(data, epochs=1, resume=True)
+
+
+def test_an_early_stop_stays_stopped(tmp_path, data):
+    def make():
+        options = {"callbacks": [EarlyStopping(patience=1, min_delta=1e9), BestModel()]}
+        return trainer_in(tmp_path, **options)
+
+    first = make()
+    assert len(first.fit(data, epochs=9)) == 2  # the first epoch improves on nothing, the second does not
+    again = make()
+    assert len(again.fit(data, epochs=9, resume=True)) == 2
+    assert torch.equal(weights(again), weights(first))
+
+
+def test_every_kind_of_value(tmp_path):
+    state = {
+        "a": [1, 2.5, None, True, "x"],
+        "b": {3: (torch.arange(3), float("inf"))},
+        "c": torch.zeros((), dtype=torch.bfloat16),
+    }
+    checkpoint.save(tmp_path, 1, state)
+    got = checkpoint.load_newest(tmp_path)
+    assert got["a"] == state["a"]
+    assert list(got["b"]) == [3]
+    assert isinstance(got["b"][3], tuple)
+    assert torch.equal(got["b"][3][0], torch.arange(3))
+    assert got["b"][3][1] == float("inf")
+    assert got["c"].dtype == torch.bfloat16
+    with pytest.raises(TypeError, match=r"state\.f is function"):
+        checkpoint.save(tmp_path, 2, {"f": lambda: 0})

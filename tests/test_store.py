@@ -1,0 +1,1002 @@
+"""The store: what it holds, what it refuses, and that nothing stops it for good: kills, damage, full disks."""
+
+import errno
+import json
+import math
+import os
+import pickle
+import random
+import signal
+import statistics
+import subprocess
+import sys
+import time
+import timeit
+from multiprocessing import get_context
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import (
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    SequentialSampler,
+    Subset,
+    TensorDataset,
+    WeightedRandomSampler,
+)
+
+import pydistill
+from pydistill import SoftTargets, store
+from pydistill.store import TeacherStore
+
+ROWS, FEATURES, CLASSES, K = 150, 6, 20, 5  # 150 is not a multiple of the batch sizes below
+TOP_K = {"k": K, "temperatures": (1.0, 2.0), "tail": "bucket"}
+
+
+@pytest.fixture
+def inputs():
+    return torch.randn(ROWS, FEATURES, generator=torch.Generator().manual_seed(7))
+
+
+@pytest.fixture
+def teacher():
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Linear(FEATURES, 30), nn.Dropout(0.5), nn.ReLU(), nn.Linear(30, CLASSES))
+    with torch.no_grad():
+        model[3].weight *= 10
+    return model
+
+
+@pytest.fixture
+def logits(inputs, teacher):
+    teacher.eval()
+    with torch.no_grad():
+        result = teacher(inputs)
+    teacher.train()
+    return result
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def assert_same_targets(got, want):
+    assert got.shape == want.shape
+    assert (got.tail, got.has_zeros) == (want.tail, want.has_zeros)
+    assert got.logits.dtype == want.logits.dtype
+    assert torch.equal(got.logits, want.logits)
+    assert (got.indices is None) == (want.indices is None)
+    assert got.indices is None or torch.equal(got.indices, want.indices)
+    assert got.log_partitions.keys() == want.log_partitions.keys()
+    assert all(torch.equal(x, want.log_partitions[t]) for t, x in got.log_partitions.items())
+
+
+class Items(Dataset):
+    """Not in memory, as far as anyone can tell. ``change`` is added to the item of its number."""
+
+    def __init__(self, inputs, change=None):
+        self.inputs, self.change = inputs, change
+
+    def __len__(self):
+        return len(self.inputs)
+
+    def __getitem__(self, i):
+        if not 0 <= i < len(self):
+            raise IndexError(i)
+        return self.inputs[i] + (1.0 if i == self.change else 0.0), i % 3
+
+
+class Stream(IterableDataset):
+    def __init__(self, inputs):
+        self.inputs = inputs
+
+    def __iter__(self):
+        return iter(self.inputs)
+
+
+class TestContents:
+    @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+    def test_dense_logits_are_the_teachers_rounded_once(self, tmp_path, inputs, teacher, logits, dtype):
+        built = TeacherStore.build(tmp_path, teacher, inputs, dtype=dtype, batch_size=ROWS)
+        assert_same_targets(built[:], SoftTargets.from_logits(logits.to(getattr(torch, dtype))))
+        assert (len(built), built.shape) == (ROWS, (ROWS, CLASSES))
+        on_disk = np.load(tmp_path / "logits.npy")
+        assert on_disk.dtype == {"float32": np.float32, "float16": np.float16, "bfloat16": np.uint16}[dtype]
+        assert json.loads((tmp_path / "manifest.json").read_text())["layout"]["dtype"] == dtype
+
+    @pytest.mark.parametrize("tail", ["bucket", "renormalize"])
+    def test_top_k_in_float32_is_top_k(self, tmp_path, inputs, teacher, logits, tail):
+        options = TOP_K | {"tail": tail}
+        built = TeacherStore.build(tmp_path, teacher, inputs, dtype="float32", batch_size=ROWS, **options)
+        assert_same_targets(built[:], pydistill.top_k(logits, K, (1.0, 2.0), tail=tail))
+        assert np.load(tmp_path / "indices.npy").dtype == np.int32
+        assert built[:3].indices.dtype == torch.int64
+
+    @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+    def test_half_top_k_keeps_the_rest_of_the_mass(self, tmp_path, inputs, teacher, logits, dtype):
+        built = TeacherStore.build(tmp_path, teacher, inputs, dtype=dtype, batch_size=ROWS, **TOP_K)
+        got, want = built[:], pydistill.top_k(logits, K, (1.0, 2.0), tail="bucket")
+        assert torch.equal(got.indices, want.indices)
+        assert (got.logits.amax(-1) == 0).all()
+        step = torch.finfo(got.logits.dtype).eps
+        for t in (1.0, 2.0):
+            kept = [(x.logits.double() / t).logsumexp(-1) - x.log_partitions[t] for x in (got, want)]
+            torch.testing.assert_close(*kept, rtol=0, atol=1e-12)
+            p = [(x.logits.double() / t - x.log_partitions[t][:, None]).exp() for x in (got, want)]
+            assert (p[0] - p[1]).abs().max() < step  # relative to the distance from the largest, not to the logit
+        assert logits.abs().max() > 8  # where rounding the logits themselves would be eight times as coarse
+
+    def test_losses_from_the_store_are_the_teachers(self, tmp_path, inputs, teacher, logits):
+        built = TeacherStore.build(tmp_path, teacher, inputs, **TOP_K)
+        student = torch.randn(ROWS, CLASSES)
+        for t in (1.0, 2.0):
+            want = pydistill.top_k(logits, K, (t,), tail="bucket")
+            losses = [pydistill.distillation_loss(student, x, alpha=1.0, temperature=t) for x in (built[:], want)]
+            torch.testing.assert_close(*losses, rtol=1e-3, atol=0)
+        with pytest.raises(ValueError, match=r"log-partition at temperature 3; stored: 1, 2"):
+            pydistill.distillation_loss(student, built[:], alpha=1.0, temperature=3.0)
+
+    def test_more_dimensions(self, tmp_path):
+        tokens = torch.randint(50, (ROWS, 7))
+        model = nn.Embedding(50, CLASSES)
+        built = TeacherStore.build(tmp_path, model, tokens, dtype="float32", batch_size=64, **TOP_K)
+        want = pydistill.top_k(model(tokens), K, (1.0, 2.0), tail="bucket")
+        assert built.shape == (ROWS, 7, CLASSES)
+        assert_same_targets(built[[3, 149]], want[[3, 149]])
+        assert_same_targets(built[4], want[4])
+
+    def test_probabilities_with_zeros_stay_such(self, tmp_path):
+        probs = torch.tensor([[0.5, 0.5, 0.0], [0.2, 0.3, 0.5]]).repeat(20, 1)
+        built = TeacherStore.build(tmp_path, SoftTargets.from_probs, probs, dtype="float32", batch_size=16)
+        assert_same_targets(built[:], SoftTargets.from_probs(probs))
+        assert built[1].has_zeros
+        with pytest.raises(ValueError, match="mse compares logits"):
+            pydistill.distillation_loss(torch.zeros(40, 3), built[:], alpha=1.0, divergence="mse")
+
+    def test_top_k_of_a_callable_is_stored_as_it_is(self, tmp_path, inputs, logits):
+        def cached(batch):
+            return pydistill.top_k(batch @ torch.eye(FEATURES), 3, (4.0,), tail="bucket")
+
+        built = TeacherStore.build(tmp_path, cached, inputs, dtype="float32", batch_size=64)
+        assert_same_targets(built[:], cached(inputs))
+        assert "k=3, tail='bucket', temperatures=(4)" in repr(built)
+
+    def test_repr(self, tmp_path, inputs, teacher):
+        built = TeacherStore.build(tmp_path, teacher, inputs)
+        assert repr(built) == f"TeacherStore({str(tmp_path)!r}, shape=(150, 20), dtype=float16)"
+
+
+class TestData:
+    @pytest.mark.parametrize(
+        "form",
+        [
+            lambda x: x.numpy(),
+            lambda x: (x, torch.zeros(ROWS)),
+            lambda x: TensorDataset(x, torch.zeros(ROWS)),
+            lambda x: Items(x),
+            lambda x: Stream(x),
+            lambda x: DataLoader(TensorDataset(x), batch_size=64),
+            lambda x: DataLoader(Items(x), batch_size=64),
+            lambda x: DataLoader(Stream(x), batch_size=64),
+            lambda x: list(x.split(64)),
+            lambda x: [[batch, None] for batch in np.split(x.numpy(), [64, 128])],
+        ],
+    )
+    def test_every_form_gives_the_same_rows(self, tmp_path, inputs, teacher, form):
+        want = TeacherStore.build(tmp_path / "tensor", teacher, inputs, batch_size=64)
+        data = form(inputs)
+        built = TeacherStore.build(tmp_path / "other", teacher, data, batch_size=64)
+        assert_same_targets(built[:], want[:])
+        assert_same_targets(TeacherStore.open(tmp_path / "other", data=data)[:], want[:])
+
+    @pytest.mark.parametrize(
+        "form",
+        [
+            lambda x: x.numpy(),
+            lambda x: TensorDataset(x),
+            lambda x: DataLoader(TensorDataset(x), batch_size=9),
+            lambda x: list(x.split(40)),
+        ],
+    )
+    def test_forms_whose_every_byte_is_read_have_one_fingerprint(self, tmp_path, inputs, teacher, form):
+        TeacherStore.build(tmp_path, teacher, inputs)
+        TeacherStore.open(tmp_path, data=form(inputs))
+        changed = inputs.clone()
+        changed[77, 3] += 1e-6
+        for other in (changed, inputs[:-1], inputs.double(), inputs.reshape(ROWS, 2, 3)):
+            with pytest.raises(ValueError, match="built with other data: data: 'all of 150 rows"):
+                TeacherStore.open(tmp_path, data=form(other))
+
+    def test_a_dataset_is_known_by_a_sample(self, tmp_path, inputs, teacher):
+        TeacherStore.build(tmp_path, teacher, Items(inputs))
+        TeacherStore.open(tmp_path, data=DataLoader(Items(inputs), batch_size=7))
+        for other in (Items(inputs, change=0), Items(inputs, change=ROWS - 1), Items(inputs[:-1])):
+            with pytest.raises(ValueError, match="a sample of 150 items"):
+                TeacherStore.open(tmp_path, data=other)
+
+    def test_module_sees_eval_mode_without_gradients_and_gets_its_modes_back(self, tmp_path, inputs):
+        seen = []
+
+        class Model(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.head, self.frozen = nn.Linear(FEATURES, CLASSES), nn.Dropout().eval()
+
+            def forward(self, x):
+                seen.append((self.training, torch.is_inference_mode_enabled(), len(x), type(x)))
+                return self.head(x)
+
+        model = Model()
+        TeacherStore.build(tmp_path, model, inputs.numpy(), batch_size=64)
+        assert seen == [(False, True, rows, torch.Tensor) for rows in (64, 64, 22)]
+        assert (model.training, model.head.training, model.frozen.training) == (True, True, False)
+
+    def test_callable_gets_batches_as_the_data_has_them(self, tmp_path, inputs):
+        seen = []
+
+        def forest(batch):
+            seen.append((type(batch), torch.is_grad_enabled()))
+            return np.asarray(batch) @ np.eye(FEATURES)
+
+        TeacherStore.build(tmp_path / "array", forest, inputs.numpy())
+        TeacherStore.build(tmp_path / "tensor", forest, inputs)
+        assert seen == [(np.ndarray, False), (torch.Tensor, False)]
+
+    def test_datasets_that_keep_tensors_get_ordinary_ones(self, tmp_path, inputs, teacher):
+        made = []
+
+        class Caching(Items):
+            def __getitem__(self, i):
+                made.append(self.inputs[i] * 2)
+                return made[-1]
+
+        TeacherStore.build(tmp_path, teacher, Caching(inputs))
+        assert not any(x.is_inference() for x in made)
+
+    def test_random_state_is_left_alone(self, tmp_path, inputs, teacher):
+        state = torch.random.get_rng_state()
+        TeacherStore.build(tmp_path, teacher, Items(inputs))
+        assert torch.equal(torch.random.get_rng_state(), state)
+
+    def test_probabilities_as_logits_are_warned_of(self, tmp_path, inputs):
+        with pytest.warns(UserWarning, match="look like probabilities"):
+            TeacherStore.build(tmp_path, lambda x: x.softmax(-1), inputs)
+
+    def test_memory_holds_one_batch(self, tmp_path):
+        script = """if True:
+            import sys
+            from pathlib import Path
+            import torch
+            from pydistill.store import TeacherStore
+
+            def status(field):
+                lines = Path("/proc/self/status").read_text().splitlines()
+                return next(int(line.split()[1]) for line in lines if line.startswith(field)) * 1024
+
+            torch.set_num_threads(1)
+            teacher, inputs = torch.nn.Linear(4, 2000), torch.randn(10_000, 4)
+            TeacherStore.build(sys.argv[1] + "/warm", teacher, inputs[:512], dtype="float32")
+            Path("/proc/self/clear_refs").write_text("5")
+            before = status("VmRSS")
+            TeacherStore.build(sys.argv[1] + "/store", teacher, inputs, dtype="float32")
+            print((status("VmHWM") - before) / (4 * 10_000 * 2000))
+        """
+        command = [sys.executable, "-c", script, tmp_path]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=True, cwd=tmp_path)
+        assert (tmp_path / "store" / "logits.npy").stat().st_size > 80e6
+        assert float(done.stdout) < 0.2
+
+
+class TestIndexing:
+    @pytest.fixture(params=["float16", "bfloat16"])
+    def built(self, request, tmp_path, inputs, teacher):
+        return TeacherStore.build(tmp_path, teacher, inputs, dtype=request.param, **TOP_K)
+
+    @pytest.mark.parametrize(
+        "rows",
+        [
+            0,
+            -1,
+            np.int32(7),
+            torch.tensor(149),
+            slice(None),
+            slice(10, 100, 7),
+            slice(-5, None),
+            slice(0, 0),
+            [3, 3, -150],
+            [],
+            np.array([5, 2], np.uint8),
+            torch.tensor([149, 0, -3]),
+            torch.tensor([], dtype=torch.int64),
+            torch.arange(6, dtype=torch.int32).reshape(2, 3),
+            torch.arange(ROWS) % 4 == 1,
+            np.arange(ROWS) > 200,
+        ],
+    )
+    def test_every_form_of_index(self, built, rows):
+        everything = built[0:ROWS]
+        in_torch = rows if isinstance(rows, slice | torch.Tensor) else torch.as_tensor(np.asarray(rows).tolist())
+        in_torch = in_torch.long() if isinstance(rows, list) else in_torch  # torch makes [] floats
+        assert_same_targets(built[rows], everything[in_torch])
+
+    def test_steps_backwards(self, built):
+        assert_same_targets(built[::-50], built[[149, 99, 49]])
+
+    def test_iteration_ends(self, built):
+        assert sum(len(row.logits) for row in built) == ROWS * K
+
+    @pytest.mark.parametrize(
+        ("rows", "error", "message"),
+        [
+            (150, IndexError, r"rows must be in \[-150, 150\), the store has 150; got 150"),
+            (-151, IndexError, "got -151"),
+            ([0, 1, 400, 500], IndexError, "got 400"),
+            (torch.tensor([[0], [-200]]), IndexError, "got -200"),
+            (torch.ones(149, dtype=torch.bool), IndexError, "mask must have one entry for each of the 150 rows"),
+            (1.0, TypeError, "rows must be integers, a slice or a mask, got float of float64"),
+            (torch.ones(3), TypeError, "got Tensor of float32"),
+            (True, TypeError, "got bool"),
+            (None, TypeError, "got NoneType"),
+            ((1, 2), TypeError, "got the tuple"),
+        ],
+    )
+    def test_errors(self, built, rows, error, message):
+        with pytest.raises(error, match=message):
+            built[rows]
+
+    @pytest.mark.parametrize("rows", [slice(0, 3), [0, 1, 2], 0])
+    def test_what_it_gives_is_a_copy(self, built, rows):
+        before = contents(built.folder)
+        batch = built[rows]
+        batch.logits.fill_(7)
+        batch.indices.fill_(7)
+        batch.log_partitions[1.0].fill_(7)
+        assert (built[0].logits != 7).all()
+        assert contents(built.folder) == before
+
+    def test_a_batch_of_64_out_of_200000_rows_takes_less_than_100_us(self, tmp_path):
+        rows, k, classes = 200_000, 64, 30_000
+        generator = torch.Generator().manual_seed(0)
+
+        def cached(batch):
+            steps = torch.randint(1, classes // k, (len(batch), k), generator=generator)
+            logits = torch.randn(len(batch), k, generator=generator)
+            partitions = {t: (logits.double() / t).logsumexp(-1) + 0.1 for t in (1.0, 2.0)}
+            return SoftTargets.from_topk(steps.cumsum(-1), logits, classes, log_partitions=partitions, tail="bucket")
+
+        built = TeacherStore.build(tmp_path, cached, np.zeros((rows, 1), np.uint8), batch_size=10_000)
+        batches = iter(torch.randint(rows, (2000, 64)))
+        seconds = timeit.repeat(lambda: built[next(batches)], number=1, repeat=2000)
+        assert statistics.median(seconds) < 100e-6  # call by call: other processes disturb a few only
+
+
+class TestSharing:
+    def test_pickle_is_a_path_and_reopens(self, tmp_path, inputs, teacher, monkeypatch):
+        built = TeacherStore.build(tmp_path / "store", teacher, inputs, **TOP_K)
+        monkeypatch.chdir(tmp_path)
+        relative = TeacherStore.open("store")
+        monkeypatch.chdir("/")
+        for original in (built, relative):
+            pickled = pickle.dumps(original)
+            assert len(pickled) < 1000
+            assert_same_targets(pickle.loads(pickled)[:], built[:])
+
+    def test_pickle_of_a_store_that_was_replaced_is_refused(self, tmp_path, inputs, teacher):
+        pickled = pickle.dumps(TeacherStore.build(tmp_path, teacher, inputs))
+        for path in tmp_path.iterdir():
+            path.unlink()
+        TeacherStore.build(tmp_path, teacher, inputs + 1)
+        with pytest.raises(ValueError, match="is another one than when it was pickled"):
+            pickle.loads(pickled)
+
+    @pytest.mark.timeout(120)
+    def test_data_loader_workers(self, tmp_path, inputs, teacher):
+        built = TeacherStore.build(tmp_path, teacher, inputs, **TOP_K)
+        loader = DataLoader(
+            Targets(built), batch_size=None, sampler=[0, 100, 50], num_workers=2, multiprocessing_context="fork"
+        )
+        for first, (logits, indices) in zip([0, 100, 50], loader, strict=True):
+            assert torch.equal(logits, built[first : first + 50].logits)
+            assert torch.equal(indices, built[first : first + 50].indices)
+
+    def test_files_are_read_only_maps(self, tmp_path, inputs, teacher):
+        TeacherStore.build(tmp_path, teacher, inputs)
+        for path in tmp_path.iterdir():
+            path.chmod(0o444)
+        tmp_path.chmod(0o555)
+        try:
+            opened = TeacherStore.open(tmp_path)
+            assert not any(array.flags.writeable for array in opened._arrays)
+            assert opened[0].logits.isfinite().all()
+        finally:
+            tmp_path.chmod(0o755)
+
+
+class Targets(Dataset):
+    def __init__(self, built):
+        self.built = built
+
+    def __getitem__(self, first):
+        targets = self.built[first : first + 50]
+        return targets.logits, targets.indices
+
+
+class TestStale:
+    def test_the_same_call_opens_a_finished_store_without_the_teacher(self, tmp_path, inputs, teacher):
+        TeacherStore.build(tmp_path, teacher, inputs, **TOP_K)
+        before = contents(tmp_path)
+        teacher.forward = None
+        TeacherStore.build(tmp_path, teacher, inputs.numpy(), batch_size=9, **TOP_K)
+        assert contents(tmp_path) == before
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            ({"data": torch.zeros(ROWS, FEATURES)}, "other data: data: 'all of 150 rows"),
+            ({"teacher": nn.Linear(FEATURES, CLASSES)}, "other teacher: teacher: 'a module, sha256"),
+            ({"teacher": abs}, "other teacher: .*there, 'a callable' here"),
+            ({"k": 4}, "other k: k: 5 there, 4 here"),
+            ({"k": None}, "other k and temperatures and tail"),
+            ({"temperatures": (1.0, 3.0)}, r"other temperatures: temperatures: \[1.0, 2.0\] there"),
+            ({"tail": "renormalize"}, "other tail: tail: 'bucket' there"),
+            ({"dtype": "float32", "k": 4}, "other k and dtype"),
+        ],
+    )
+    def test_another_call_is_refused_and_changes_nothing(self, tmp_path, inputs, teacher, change, message):
+        call = TOP_K | {"teacher": teacher, "data": inputs, "dtype": "float16"}
+        TeacherStore.build(tmp_path, **call)
+        before = contents(tmp_path)
+        with pytest.raises(ValueError, match=f"was built with {message}"):
+            TeacherStore.build(tmp_path, **(call | change))
+        assert contents(tmp_path) == before
+
+    def test_open_with_data_and_teacher(self, tmp_path, inputs, teacher):
+        TeacherStore.build(tmp_path, teacher, inputs)
+        TeacherStore.open(tmp_path, data=inputs, teacher=teacher)
+        with torch.no_grad():
+            teacher[0].bias[0] += 1e-6
+        with pytest.raises(ValueError, match="built with other teacher: teacher: 'a module"):
+            TeacherStore.open(tmp_path, data=inputs, teacher=teacher)
+        with pytest.raises(ValueError, match="built with other data and teacher: "):
+            TeacherStore.open(tmp_path, data=inputs + 1, teacher=teacher)
+        TeacherStore.open(tmp_path)
+
+    def test_teachers_differ_by_names_shapes_and_dtypes_too(self, tmp_path, inputs):
+        zeros = nn.Linear(4, 9, bias=False)
+        nn.init.zeros_(zeros.weight)
+        TeacherStore.build(tmp_path, zeros, inputs[:, :4])
+        for other in (nn.Linear(9, 4, bias=False), nn.Linear(4, 9, bias=False).double(), nn.Embedding(9, 4)):
+            nn.init.zeros_(other.weight)
+            if isinstance(other, nn.Embedding):
+                other = nn.Sequential(other)
+            with pytest.raises(ValueError, match="other teacher"):
+                TeacherStore.open(tmp_path, teacher=other)
+
+    def test_a_callable_is_not_checked(self, tmp_path, inputs):
+        TeacherStore.build(tmp_path, torch.relu, inputs)
+        TeacherStore.open(tmp_path, teacher=torch.sigmoid)
+
+
+class TestDamage:
+    @pytest.fixture
+    def built(self, tmp_path, inputs, teacher):
+        return TeacherStore.build(tmp_path, teacher, inputs, **TOP_K)
+
+    NAMES = ("indices.npy", "log_partition_0.npy", "log_partition_1.npy", "logits.npy")
+
+    def test_files(self, built):
+        assert sorted(contents(built.folder)) == sorted([*self.NAMES, "manifest.json"])
+
+    @pytest.mark.parametrize("name", NAMES)
+    def test_flipped_bit(self, built, name):
+        path = built.folder / name
+        good = path.read_bytes()
+        places = {0, 7, 127, 128, len(good) - 1, *random.Random(0).sample(range(len(good)), 20)}
+        for place in sorted(places):
+            bad = bytearray(good)
+            bad[place] ^= 1 << place % 8
+            path.write_bytes(bad)
+            with pytest.raises(ValueError, match=rf"is damaged: {name} does not have the bytes"):
+                TeacherStore.open(built.folder)
+        path.write_bytes(good)
+        TeacherStore.open(built.folder)
+
+    @pytest.mark.parametrize("verify", [True, False])
+    @pytest.mark.parametrize("name", NAMES)
+    def test_size(self, built, name, verify):
+        path = built.folder / name
+        good = path.read_bytes()
+        for bad in (good[:-1], good[:60], b"", good + b"\0"):
+            path.write_bytes(bad)
+            message = rf"is damaged: {name} has {len(bad)} bytes instead of {len(good)}"
+            with pytest.raises(ValueError, match=message):
+                TeacherStore.open(built.folder, verify=verify)
+        path.unlink()
+        with pytest.raises(ValueError, match=f"is damaged: {name} is missing"):
+            TeacherStore.open(built.folder, verify=verify)
+
+    def test_without_verify_only_sizes_and_headers_are_checked(self, built):
+        path = built.folder / "logits.npy"
+        good = path.read_bytes()
+        path.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
+        TeacherStore.open(built.folder, verify=False)
+        path.write_bytes(good.replace(b"<f2", b"<i2"))
+        with pytest.raises(ValueError, match=r"is damaged: logits.npy holds int16"):
+            TeacherStore.open(built.folder, verify=False)
+        path.write_bytes(b"\0" + good[1:])
+        with pytest.raises(ValueError, match=r"is damaged: logits.npy has no .npy header"):
+            TeacherStore.open(built.folder, verify=False)
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            lambda text: text[: len(text) // 2],
+            lambda text: "",
+            lambda text: "[]",
+            lambda text: "null",
+            lambda text: "{}",
+            lambda text: text.replace("2.0", "3.0"),
+            lambda text: text.replace("bucket", "bicket"),
+            lambda text: text.replace('"rows_written": 150', '"rows_written": 149'),
+            lambda text: text.replace('"checksum": ', '"checksum": 1'),
+            lambda text: "\udcff" + text,
+        ],
+    )
+    def test_manifest(self, built, change):
+        path = built.folder / "manifest.json"
+        good = path.read_text()
+        assert change(good) != good
+        path.write_text(change(good), errors="surrogateescape")
+        with pytest.raises(ValueError, match=r"is damaged: manifest.json is no manifest, or was changed"):
+            TeacherStore.open(built.folder)
+
+    def test_other_format(self, built):
+        manifest = store._read_manifest(built.folder)
+        store._replace_manifest(built.folder, manifest | {"format": 9})
+        with pytest.raises(ValueError, match="has format 9; this version reads 1"):
+            TeacherStore.open(built.folder)
+
+    def test_no_store(self, tmp_path):
+        for folder in (tmp_path, tmp_path / "nowhere"):
+            with pytest.raises(FileNotFoundError, match="no teacher store here"):
+                TeacherStore.open(folder)
+
+    def test_build_verifies_a_finished_store_too(self, built, inputs, teacher):
+        path = built.folder / "indices.npy"
+        good = path.read_bytes()
+        path.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
+        with pytest.raises(ValueError, match=r"is damaged: indices.npy"):
+            TeacherStore.build(built.folder, teacher, inputs, **TOP_K)
+
+
+class Stop(Exception):
+    pass
+
+
+def stopping(teacher, after):
+    """A teacher that raises after some batches; equal to its module for the store."""
+    calls = []
+
+    def stop(module, args):
+        calls.append(len(args[0]))
+        if len(calls) > after:
+            raise Stop
+
+    teacher.register_forward_pre_hook(stop)
+    return calls
+
+
+class TestResume:
+    @pytest.fixture(autouse=True)
+    def _sync_every_batch(self, monkeypatch):
+        monkeypatch.setattr(store, "_SECONDS_BETWEEN_SYNCS", 0.0)
+
+    @pytest.fixture
+    def whole(self, tmp_path, inputs, teacher):
+        """The files of a build that nothing interrupted."""
+        return contents(TeacherStore.build(tmp_path / "whole", teacher, inputs, batch_size=16, **TOP_K).folder)
+
+    @pytest.mark.parametrize(
+        "form",
+        [
+            lambda x: x,
+            Items,
+            lambda x: list(x.split(16)),
+            lambda x: DataLoader(Items(x), batch_size=16),
+            lambda x: DataLoader(Stream(x), batch_size=16),
+        ],
+    )
+    def test_goes_on_after_an_error_in_the_teacher(self, tmp_path, inputs, teacher, whole, form):
+        handle = stopping(teacher, after=4)
+        teacher.train()
+        call = {"data": form(inputs), "batch_size": 16} | TOP_K
+        with pytest.raises(Stop):
+            TeacherStore.build(tmp_path / "store", teacher, **call)
+        assert teacher.training
+        with pytest.raises(ValueError, match="is unfinished: it holds 64 of 150 rows"):
+            TeacherStore.open(tmp_path / "store")
+        del handle[:]
+        teacher._forward_pre_hooks.clear()
+        seen = stopping(teacher, after=99)
+        TeacherStore.build(tmp_path / "store", teacher, **call)
+        assert seen == [16] * 5 + [6]
+        got = contents(tmp_path / "store")
+        assert all(got[name] == whole[name] for name in TestDamage.NAMES)
+
+    def test_an_error_loses_nothing_even_between_syncs(self, tmp_path, inputs, teacher, monkeypatch):
+        monkeypatch.setattr(store, "_SECONDS_BETWEEN_SYNCS", 1e9)
+        stopping(teacher, after=4)
+        with pytest.raises(Stop):
+            TeacherStore.build(tmp_path, teacher, inputs, batch_size=16)
+        with pytest.raises(ValueError, match="is unfinished: it holds 64 of 150 rows"):
+            TeacherStore.open(tmp_path)
+
+    def test_zeros_among_the_first_rows_are_not_forgotten(self, tmp_path):
+        probs = torch.tensor([[1.0, 0.0]] * 16 + [[0.5, 0.5]] * 32)
+        calls = []
+
+        def forest(batch):
+            calls.append(len(batch))
+            if len(calls) == 2:
+                raise Stop
+            return SoftTargets.from_probs(batch)
+
+        with pytest.raises(Stop):
+            TeacherStore.build(tmp_path, forest, probs, batch_size=16)
+        built = TeacherStore.build(tmp_path, forest, probs, batch_size=16)
+        assert calls == [16] * 4
+        assert built[:].has_zeros
+
+    def test_other_arguments_are_refused(self, tmp_path, inputs, teacher):
+        stopping(teacher, after=1)
+        with pytest.raises(Stop):
+            TeacherStore.build(tmp_path, teacher, inputs, batch_size=16, k=3)
+        with pytest.raises(ValueError, match="other k: k: 3 there, 4 here"):
+            TeacherStore.build(tmp_path, teacher, inputs, k=4)
+
+    def test_a_batch_size_that_does_not_fit_the_rows_written(self, tmp_path, inputs, teacher, logits):
+        stopping(teacher, after=3)
+        with pytest.raises(Stop):
+            TeacherStore.build(tmp_path, teacher, list(inputs.split(16)), dtype="float32")
+        teacher._forward_pre_hooks.clear()
+        built = TeacherStore.build(tmp_path, teacher, list(inputs.split(100)), dtype="float32")
+        torch.testing.assert_close(built[:].logits, logits, rtol=1e-5, atol=1e-5)
+
+    def test_damage_to_the_rows_written_is_found_before_going_on(self, tmp_path, inputs, teacher):
+        stopping(teacher, after=3)
+        with pytest.raises(Stop):
+            TeacherStore.build(tmp_path, teacher, inputs, batch_size=16)
+        content = bytearray((tmp_path / "logits.npy").read_bytes())
+        content[200] ^= 1
+        (tmp_path / "logits.npy").write_bytes(content)
+        teacher._forward_pre_hooks.clear()
+        with pytest.raises(ValueError, match=r"is damaged: logits.npy"):
+            TeacherStore.build(tmp_path, teacher, inputs, batch_size=16)
+
+    def test_manifest_is_replaced_only_after_all_that_it_speaks_of_is_on_disk(
+        self, tmp_path, inputs, teacher, monkeypatch
+    ):
+        """What a power failure leaves behind: no test can make one, so the order of the calls has to do."""
+        dirty, calls, before = set(), [], []
+        fsync, replace, write_at = os.fsync, os.replace, store._write_at
+
+        def note_write(file, offset, content):
+            dirty.add(os.path.realpath(file.name))
+            write_at(file, offset, content)
+
+        def note_fsync(handle):
+            path = os.path.realpath(f"/proc/self/fd/{handle}")
+            dirty.discard(path)
+            if path == os.path.realpath(tmp_path):
+                calls.append("folder synced")
+            fsync(handle)
+
+        def note_replace(old, new):
+            assert dirty == set()
+            if new.exists():
+                before.append((new.open(), new.read_text()))
+            replace(old, new)
+            calls.append("replaced")
+
+        monkeypatch.setattr(store, "_write_at", note_write)
+        monkeypatch.setattr(os, "fsync", note_fsync)
+        monkeypatch.setattr(os, "replace", note_replace)
+        TeacherStore.build(tmp_path, teacher, inputs, batch_size=50, **TOP_K)
+        assert calls == ["replaced", "folder synced"] * 4
+        assert len(before) == 3
+        for file, text in before:
+            with file:
+                assert file.read() == text  # not written over
+
+    @pytest.mark.timeout(120)
+    def test_killed_at_every_step(self, tmp_path, inputs, teacher):
+        """Before and after each write, sync and replacement of a build, in turn."""
+
+        def build(folder):
+            TeacherStore.build(folder, teacher, inputs, batch_size=75, **TOP_K)
+
+        build(tmp_path / "whole")
+        want = contents(tmp_path / "whole")
+        step, rows_found = 0, set()
+        while True:
+            folder = tmp_path / f"killed {step}"
+            killed = run_child(lambda folder=folder, step=step: build_and_die_at(step, build, folder))
+            if not killed:
+                break
+            if (folder / "manifest.json").exists():
+                rows_found.add(store._read_manifest(folder)["rows_written"])
+            build(folder)
+            assert contents(folder) == want
+            step += 1
+        assert step > 50
+        assert rows_found == {0, 75, 150}
+
+    @pytest.mark.timeout(200)
+    def test_killed_at_random_moments(self, tmp_path, inputs, teacher, whole):
+        def build(folder):
+            def slow(module, args):
+                time.sleep(0.01)
+
+            with teacher.register_forward_pre_hook(slow):
+                TeacherStore.build(folder, teacher, inputs, batch_size=16, **TOP_K)
+
+        start = time.perf_counter()
+        build(tmp_path / "timed")
+        seconds = time.perf_counter() - start
+        randoms, kills, partial = random.Random(5), 0, set()
+        for attempt in range(4):
+            folder = tmp_path / f"store {attempt}"
+            rows = 0
+            for _ in range(8):
+                killed = run_child(lambda folder=folder: build(folder), kill_after=randoms.uniform(0, 0.7 * seconds))
+                kills += killed
+                manifest = store._read_manifest(folder) if folder.exists() else None
+                now = manifest["rows_written"] if manifest else 0
+                assert now >= rows
+                rows = now
+                partial.add(rows)
+            TeacherStore.build(folder, teacher, inputs, batch_size=16, **TOP_K)
+            assert contents(folder) == whole
+        assert kills >= 8
+        assert len(partial - {0, ROWS}) >= 2
+
+    @pytest.mark.timeout(60)
+    def test_a_second_builder_waits_for_the_first(self, tmp_path, inputs, teacher, whole):
+        def build():
+            def slow(module, args):
+                time.sleep(0.03)
+
+            with teacher.register_forward_pre_hook(slow):
+                TeacherStore.build(tmp_path / "store", teacher, inputs, batch_size=16, **TOP_K)
+
+        first = get_context("fork").Process(target=build)
+        first.start()
+        while not (tmp_path / "store" / "manifest.json").exists():
+            time.sleep(0.001)
+        seen = stopping(teacher, after=0)
+        TeacherStore.build(tmp_path / "store", teacher, inputs, batch_size=16, **TOP_K)
+        first.join()
+        assert (first.exitcode, seen) == (0, [])
+        assert contents(tmp_path / "store") == whole
+
+
+def build_and_die_at(step, build, folder):
+    """Two steps to each operation: die before it, die after it."""
+    count = 0
+
+    def deadly(operation):
+        def run(*args):
+            nonlocal count
+            if count == step:
+                os.kill(os.getpid(), signal.SIGKILL)
+            result = operation(*args)
+            if count + 1 == step:
+                os.kill(os.getpid(), signal.SIGKILL)
+            count += 2
+            return result
+
+        return run
+
+    os.fsync, os.replace, os.posix_fallocate = map(deadly, (os.fsync, os.replace, os.posix_fallocate))
+    store._write_at = deadly(store._write_at)
+    build(folder)
+
+
+def run_child(work, kill_after=None):
+    """Whether a forked process that does the work was killed; an error in it is one here."""
+    process = get_context("fork").Process(target=work)
+    process.start()
+    process.join(60 if kill_after is None else kill_after)
+    process.kill()
+    process.join()
+    assert process.exitcode in (0, -signal.SIGKILL)
+    return process.exitcode != 0
+
+
+class TestFullDisk:
+    def test_space_for_all_rows_is_claimed_at_the_start(self, tmp_path, inputs, teacher):
+        def build():
+            import resource
+
+            resource.setrlimit(resource.RLIMIT_FSIZE, (4000, 4000))  # a file may grow to 4000 bytes, of 6128
+            calls = stopping(teacher, after=99)
+            with pytest.raises(OSError, match="while writing the teacher store; what was recorded is safe") as caught:
+                TeacherStore.build(tmp_path, teacher, inputs, batch_size=16)
+            assert caught.value.errno == errno.EFBIG
+            assert calls == [16]
+
+        assert not run_child(build)
+        assert list(contents(tmp_path)) == ["manifest.json"]  # nothing that takes space
+        with pytest.raises(ValueError, match="is unfinished: it holds 0 of 150 rows"):
+            TeacherStore.open(tmp_path)
+        assert len(TeacherStore.build(tmp_path, teacher, inputs, k=3)) == ROWS  # fits, and is not refused
+
+    @pytest.mark.parametrize("operation", ["_write_at", "_replace_manifest"])
+    def test_later(self, tmp_path, inputs, teacher, logits, monkeypatch, operation):
+        monkeypatch.setattr(store, "_SECONDS_BETWEEN_SYNCS", 0.0)
+        calls, works = [], getattr(store, operation)
+
+        def fill_up(*args):
+            calls.append(args)
+            if len(calls) > 6:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            works(*args)
+
+        monkeypatch.setattr(store, operation, fill_up)
+        with pytest.raises(OSError, match=r"No space left on device, while writing the teacher store") as caught:
+            TeacherStore.build(tmp_path, teacher, inputs, batch_size=16, dtype="float32")
+        assert caught.value.errno == errno.ENOSPC
+        rows = 96 if operation == "_write_at" else 80  # the first manifest is of no rows
+        with pytest.raises(ValueError, match=f"is unfinished: it holds {rows} of 150 rows"):
+            TeacherStore.open(tmp_path)
+        monkeypatch.setattr(store, operation, works)
+        built = TeacherStore.build(tmp_path, teacher, inputs, batch_size=16, dtype="float32")
+        torch.testing.assert_close(built[:].logits, logits, rtol=1e-5, atol=1e-5)
+
+    def test_a_write_that_takes_only_a_part(self, tmp_path):
+        class Stingy:
+            def __init__(self):
+                self.content, self.at = bytearray(10), 0
+
+            def seek(self, offset):
+                self.at = offset
+
+            def write(self, content):
+                self.content[self.at : self.at + 3] = content[:3]
+                self.at += len(content[:3])
+                return len(content[:3])
+
+        file = Stingy()
+        store._write_at(file, 2, memoryview(b"abcdefgh"))
+        assert file.content == b"\0\0abcdefgh"
+
+
+class TestErrors:
+    @pytest.mark.parametrize(
+        ("options", "error", "message"),
+        [
+            ({"k": 0}, ValueError, "k must be at least 1, got 0"),
+            ({"k": 2.0}, TypeError, "k must be an integer, got 2.0"),
+            ({"k": True}, TypeError, "k must be an integer"),
+            ({"k": 21}, ValueError, r"k must be a whole number in \[1, 20\].*got 21"),
+            ({"batch_size": 0}, ValueError, "batch_size must be at least 1, got 0"),
+            ({"batch_size": None}, TypeError, "batch_size must be an integer, got None"),
+            ({"dtype": "float64"}, ValueError, "dtype must be 'float32', 'float16', 'bfloat16'; got 'float64'"),
+            ({"tail": "drop"}, ValueError, "tail must be .* got 'drop'"),
+            ({"temperatures": 2.0}, TypeError, "temperatures must be a sequence of numbers, got 2.0"),
+            ({"temperatures": (0.0,)}, ValueError, "temperatures must be positive and finite"),
+            ({"temperatures": (math.inf,)}, ValueError, "temperatures must be positive and finite"),
+            ({"k": 3, "temperatures": (), "tail": "bucket"}, ValueError, "temperatures must name at least one"),
+            ({"teacher": "net"}, TypeError, "teacher must be a module or a callable, got str"),
+            ({"data": 3}, TypeError, "data must be a tensor, an array, a Dataset or an iterable of batches, got int"),
+            ({"data": torch.zeros(0, FEATURES)}, ValueError, r"data must have at least one row, got shape \(0, 6\)"),
+            ({"data": torch.tensor(1.0)}, ValueError, "data must have at least one row"),
+            ({"data": []}, ValueError, "data must give at least one row, got none"),
+            ({"data": ()}, ValueError, "data must give at least one row, got none"),
+            ({"data": Items(torch.zeros(0, 3))}, ValueError, "at least one item, got an empty Dataset"),
+            ({"data": iter([torch.zeros(3, 6)])}, ValueError, "starts anew each time.*got the iterator"),
+            ({"data": ["a", "b"]}, TypeError, "first column is a tensor or array of rows, got str"),
+            ({"data": [torch.zeros(2, 6), torch.zeros(2, 7)]}, ValueError, "rows of one dtype and shape, got float32"),
+            ({"data": np.array([[None]])}, TypeError, "data must be numbers, got an array of Python objects"),
+        ],
+    )
+    def test_arguments(self, tmp_path, inputs, teacher, options, error, message):
+        with pytest.raises(error, match=message):
+            TeacherStore.build(tmp_path / "store", **({"teacher": teacher, "data": inputs} | options))
+        assert not (tmp_path / "store").exists() or not contents(tmp_path / "store")
+
+    @pytest.mark.parametrize(
+        "loader",
+        [
+            lambda x: DataLoader(TensorDataset(x), shuffle=True),
+            lambda x: DataLoader(Items(x), sampler=WeightedRandomSampler(torch.ones(ROWS), ROWS)),
+            lambda x: DataLoader(Items(x), sampler=torch.utils.data.SubsetRandomSampler(range(ROWS))),
+            lambda x: DataLoader(Items(x), sampler=torch.utils.data.DistributedSampler(Items(x), 2, 0)),
+            lambda x: DataLoader(
+                Items(x),
+                batch_sampler=torch.utils.data.BatchSampler(torch.utils.data.RandomSampler(x), 4, False),
+            ),
+        ],
+    )
+    def test_shuffling_loader(self, tmp_path, inputs, teacher, loader):
+        with pytest.raises(ValueError, match=r"data must come in one order.*Sampler.*shuffle=False"):
+            TeacherStore.build(tmp_path, teacher, loader(inputs))
+
+    def test_loaders_in_an_order_of_their_own_are_read_whole(self, tmp_path, inputs, teacher, logits):
+        def backwards(x):
+            return DataLoader(TensorDataset(x), batch_size=40, sampler=range(ROWS - 1, -1, -1))
+
+        def without_the_last(x):
+            return DataLoader(TensorDataset(x), batch_size=40, drop_last=True)
+
+        def the_first(x):
+            return DataLoader(TensorDataset(x), batch_size=40, sampler=SequentialSampler(range(100)))
+
+        forms = ((backwards, logits.flip(0)), (without_the_last, logits[:120]), (the_first, logits[:100]))
+        for form, want in forms:
+            folder = tmp_path / form.__name__
+            built = TeacherStore.build(folder, teacher, form(inputs), dtype="float32")
+            torch.testing.assert_close(built[:].logits, want, rtol=1e-5, atol=1e-5)
+            with pytest.raises(ValueError, match="other data"):
+                TeacherStore.open(folder, data=inputs)
+
+    def test_augmented_data(self, tmp_path, inputs, teacher):
+        class Augmented(Items):
+            def __getitem__(self, i):
+                return self.inputs[i] + torch.randn(FEATURES)
+
+        with pytest.raises(ValueError, match=r"data must give the same items each time.*augment"):
+            TeacherStore.build(tmp_path, teacher, Augmented(inputs))
+
+    def test_data_with_fewer_or_more_rows_than_they_have(self, tmp_path, inputs, teacher):
+        fewer = DataLoader(Items(inputs), batch_size=50, collate_fn=lambda items: torch.zeros(40, FEATURES))
+        with pytest.raises(ValueError, match="data must give the 150 rows that it has, got 120"):
+            TeacherStore.build(tmp_path / "fewer", teacher, fewer)
+        more = DataLoader(Items(inputs), batch_size=50, collate_fn=lambda items: torch.zeros(60, FEATURES))
+        with pytest.raises(ValueError, match="data must give the 150 rows that it has, got more"):
+            TeacherStore.build(tmp_path / "more", teacher, more)
+
+    @pytest.mark.parametrize(
+        ("output", "options", "error", "message"),
+        [
+            (lambda x: "logits", {}, TypeError, "teacher must return logits or SoftTargets, got str"),
+            (lambda x: (x,), {}, TypeError, "teacher must return logits or SoftTargets, got tuple"),
+            (lambda x: x.argmax(-1), {}, TypeError, "floating-point, got dtype torch.int64"),
+            (lambda x: x[:-1], {}, ValueError, r"for a batch of 64 rows, got shape \(63, 6\)"),
+            (lambda x: x[:, 0], {}, ValueError, r"\(rows, ..., classes\).*got shape \(64,\)"),
+            (lambda x: x[:, :0], {}, ValueError, r"got shape \(64, 0\)"),
+            (lambda x: x[:, : len(x) // 11], {}, ValueError, "outputs of one form; at row 128 they became"),
+            (lambda x: x * 1e5, {}, ValueError, "in row 0 is infinite in float16; use .bfloat16. or"),
+            (lambda x: pydistill.top_k(x, 3), {"k": 2}, ValueError, "k must be None or the teacher's own 3, got 2"),
+        ],
+    )
+    def test_outputs(self, tmp_path, inputs, output, options, error, message):
+        with pytest.raises(error, match=message):
+            TeacherStore.build(tmp_path, output, inputs, batch_size=64, **options)
+
+    @pytest.mark.parametrize(("value", "shown"), [(math.nan, "nan"), (math.inf, "inf"), (-math.inf, "-inf")])
+    @pytest.mark.parametrize("k", [None, 2])
+    def test_rows_without_a_finite_largest_logit(self, tmp_path, inputs, value, shown, k):
+        inputs[100] = value
+        with pytest.raises(ValueError, match=f"finite largest logit in every row; that of row 100 is {shown}"):
+            TeacherStore.build(tmp_path, torch.clone, inputs, k=k, batch_size=64)
+        with pytest.raises(ValueError, match="holds 64 of 150 rows"):
+            TeacherStore.open(tmp_path)
+
+    def test_masked_classes_are_fine(self, tmp_path, inputs):
+        inputs[:, 2] = -math.inf
+        built = TeacherStore.build(tmp_path, torch.clone, inputs)
+        assert torch.equal(built[:].logits, inputs.half())
+
+    def test_foreign_files_are_left_alone(self, tmp_path, inputs, teacher):
+        (tmp_path / "logits.npy").write_bytes(b"mine")
+        with pytest.raises(ValueError, match=r"folder must be empty or hold a teacher store.*holds logits.npy"):
+            TeacherStore.build(tmp_path, teacher, inputs)
+        assert contents(tmp_path) == {"logits.npy": b"mine"}
+
+    def test_subset_of_a_dataset(self, tmp_path, inputs, teacher, logits):
+        built = TeacherStore.build(tmp_path, teacher, Subset(Items(inputs), range(20, 90)), dtype="float32")
+        torch.testing.assert_close(built[:].logits, logits[20:90], rtol=1e-5, atol=1e-5)

@@ -1,7 +1,16 @@
-"""Distil a random forest of 200 trees into a network of 2,410 parameters, which takes a thousandth of its bytes.
+"""Distil a random forest of 200 trees into a network of 2,410 parameters, whose file is some 660 times smaller.
 
 Each of the five seeds has its own split. The student learns from the forest's out-of-bag probabilities; the temperature
-is chosen on validation rows, and the test rows are used once, for the last line.
+is chosen on validation rows, and the test rows are used once, for the figures below. Run it with
+`python examples/digits_forest.py`; on two cores it takes about 40 seconds and prints:
+
+    seed  T  forest  student  smaller  faster (batch of 256)
+       0  1   0.981    0.978    667 x   612 x
+       1  1   0.965    0.967    672 x   595 x
+       2  1   0.970    0.959    663 x   726 x
+       3  1   0.974    0.972    684 x   706 x
+       4  1   0.967    0.969    658 x   732 x
+    mean      0.971    0.969: 99.7% of the forest's accuracy kept
 """
 
 import pickle

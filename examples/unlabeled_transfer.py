@@ -1,11 +1,18 @@
 """200 labelled digits, 1,057 without a label: a teacher that is good with few labels teaches a network with the rest.
 
 The teacher is a support vector machine, fitted on the 200. Unlabelled rows have the label -100; with
-``unlabeled="distill"`` they keep their soft term. The same network, for as many steps, learns from the 200 labels alone.
-The test rows are the same 540 for all seeds; the options were chosen on rows split off from the others. A seed draws
-which rows have a label.
+``unlabeled="distill"`` they keep their soft term. The same network, for as many steps, learns from the 200 labels
+alone. The test rows are the same 540 for all seeds; the options were chosen on rows split off from the others. A seed
+draws which rows have a label. Run it with `python examples/unlabeled_transfer.py`; on two cores it takes about 30
+seconds and prints:
 
-OUTPUT
+    seed  teacher  200 labels only  distilled
+       0    0.959            0.939      0.954
+       1    0.961            0.946      0.954
+       2    0.967            0.946      0.963
+       3    0.956            0.935      0.943
+       4    0.956            0.946      0.959
+    distilled minus labels only: +0.012, standard deviation 0.004
 """
 
 import statistics
@@ -33,8 +40,8 @@ def load():
 def make_teacher():
     """A support vector machine with pairwise Platt scaling.
 
-    scikit-learn 1.9 deprecates it in favour of ``CalibratedClassifierCV(SVC(), ensemble=False)``, which scales each class
-    against the rest: a teacher as accurate, but its students were worse than those of the labels.
+    scikit-learn 1.9 deprecates it in favour of ``CalibratedClassifierCV(SVC(), ensemble=False)``, which scales each
+    class against the rest: a teacher as accurate, but on validation rows its students gained little or nothing.
     """
     warnings.filterwarnings("ignore", "The `probability` parameter", FutureWarning)
     return SVC(C=10, probability=True, random_state=0)

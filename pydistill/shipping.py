@@ -112,7 +112,13 @@ def load_student(folder, student):
         ImportError, TypeError: as for :func:`save_student`.
 
     Example:
-        See :func:`save_student`.
+        >>> import tempfile, torch, pydistill
+        >>> student, copy = torch.nn.Linear(4, 3), torch.nn.Linear(4, 3)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     _ = pydistill.save_student(student, folder)
+        ...     copy = pydistill.load_student(folder, copy)
+        >>> torch.equal(copy.weight, student.weight)
+        True
     """
     _check_module("student", student)
     load_model = _safetensors().load_model

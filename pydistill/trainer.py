@@ -372,7 +372,7 @@ class Trainer:
             case (inputs, targets, labels, weight) if not _is_labels(weight):
                 return inputs, targets, labels, weight
         raise ValueError(
-            "a batch must be (inputs, targets, labels), (inputs, targets, labels, sample_weight), (inputs, targets) or, "
+            "a batch must be (inputs, targets, labels), with sample_weight as a fourth column, (inputs, targets) or, "
             f"with alpha = 0 or teacher=, (inputs, labels); got {describe(columns)}"
         )
 

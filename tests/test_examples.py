@@ -3,6 +3,7 @@
 import importlib.util
 from pathlib import Path
 
+import pytest
 import torch
 import torch.nn.functional as F
 
@@ -53,3 +54,48 @@ def test_language_model():
 
     results = example.main(texts[:640], teacher_epochs=1, epochs=1)
     assert all(value < 7 for value in results.values())  # uniform: log 2000 = 7.6
+
+
+def test_digits_forest():
+    means = load("digits_forest").main(seeds=1, trees=60, epochs=25)
+    assert means["smaller"] > 200
+    assert means["faster"] > 3
+    assert means["kept"] > 0.95
+
+
+def test_digits_xgboost():
+    pytest.importorskip("xgboost")
+    means = load("digits_xgboost").main(seeds=1, trees=20, epochs=15)
+    assert all(0.8 < value <= 1 for value in means.values())
+
+
+def test_unlabeled_transfer():
+    means = load("unlabeled_transfer").main(seeds=2, steps=400)
+    assert means["gain"] > 0
+
+
+def test_cnn_to_cnn():
+    means = load("cnn_to_cnn").main(seeds=1, teacher_epochs=3, epochs=5)
+    assert means["teacher"] > 0.9
+    assert means["distilled"] > 0.7
+    assert means["compression"] > 5
+
+
+def test_deploy():
+    pytest.importorskip("onnxruntime")
+    figures = load("deploy").main(trees=30, epochs=10)
+    assert figures["same classes"]
+    assert figures["largest difference"] < 1e-4
+    assert figures["accuracy"] > 0.85
+
+
+def test_prune():
+    means = load("prune").main(seeds=1, epochs=20)
+    assert means["fine-tuned with the teacher"] > means["pruned"] + 0.1
+    assert means["weights left"] < 0.11 * means["weights"]
+
+
+def test_sklearn_pipeline():
+    results = load("sklearn_pipeline").main(trees=15)
+    assert results["student"] > 0.9
+    assert results["compression"] > 20

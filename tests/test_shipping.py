@@ -253,6 +253,17 @@ class TestInterruptions:
         assert document(tmp_path)["metadata"] == "third"
         assert sorted(p.name for p in tmp_path.iterdir()) == ["student.json", "student.safetensors"]
 
+    @pytest.mark.parametrize("again", range(1, 5))
+    def test_interrupted_between_the_renames_and_then_again(self, tmp_path, monkeypatch, again):
+        new, third = mlp(), mlp()
+        save_student(mlp(), tmp_path)
+        for student, number in ((new, 6), (third, again)):  # 6: the document still has its other name
+            with monkeypatch.context() as patch:
+                Interrupt(patch, number, Killed())
+                with pytest.raises(Killed):
+                    save_student(student, tmp_path)
+        assert same_state(load_student(tmp_path, mlp()), new)
+
     def test_the_count_of_calls_is_right(self, tmp_path, monkeypatch):
         Interrupt(monkeypatch, CALLS + 1, FULL)
         save_student(mlp(), tmp_path)
@@ -343,6 +354,11 @@ class TestFigures:
             (2, 0.0, 0.0, 0.0, 0),
         ]
         assert (found.student.parameters, found.student.bytes, found.compression) == (0, 0, None)
+
+    def test_a_confidence_on_an_edge_is_in_the_bin_below(self):
+        student = Scorer(["a", "b"], [[0.6, 0.4], [0.55, 0.45], [0.0, 1.0]])
+        bins = quick(student, None, np.arange(3)[:, None], ["a", "b", "b"]).student.reliability
+        assert [(k, b.rows, b.accuracy) for k, b in enumerate(bins) if b.rows] == [(8, 2, 0.5), (14, 1, 1.0)]
 
     def test_ece_of_logits_is_that_of_their_softmax_at_temperature_1(self):
         logits = 3 * torch.randn(500, 4)

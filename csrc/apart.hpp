@@ -20,9 +20,9 @@ void RowKernel<T>::set_apart(int64_t row, const RowPlan& plan) {
   }
 }
 
-// A block for the scan, in `to`, which may be the block itself; a class apart gets the lowest number, whose exponential
-// is 0. Its logit goes into `logit` only here, where the block is in cache: looked up before the scan, each is a wait
-// for memory.
+// A block for the scan, in `to`, which may be the block itself; a class apart gets the lowest number, whose
+// exponential is 0. Its logit goes into `logit` only here, where the block is in cache: looked up before the scan,
+// each is a wait for memory.
 template <class T>
 const T* RowKernel<T>::without(std::span<Apart> apart, const T* x, int64_t begin, int n, T* to, T Apart::* logit) {
   if (x != to) std::memcpy(to, x, size_t(n) * sizeof(T));

@@ -485,6 +485,19 @@ class TestMore:
         with pytest.raises(ValueError, match="an iterable does not say which rows"):
             trainer_for(mlp(), teacher=teacher).fit([(inputs, labels)], epochs=1)
 
+    def test_a_teacher_store_is_a_teacher_of_rows(self, data, tmp_path):
+        inputs, _, labels = data
+        teacher = mlp()
+        students = [mlp(), mlp()]
+        students[1].load_state_dict(students[0].state_dict())
+        store = pydistill.TeacherStore.build(
+            tmp_path / "store", teacher, inputs, dtype="float32", batch_size=len(inputs)
+        )
+        trainer_for(students[0], teacher=store).fit((inputs, labels), epochs=3)
+        trainer_for(students[1]).fit((inputs, teacher(inputs).detach(), labels), epochs=3)
+        for a, b in zip(*(student.parameters() for student in students), strict=True):
+            torch.testing.assert_close(a, b)
+
     def test_sample_weight_is_the_fourth_column(self, data):
         weight = torch.zeros(len(data[0]))
         weight[:40] = 1

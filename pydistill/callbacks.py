@@ -1,7 +1,7 @@
 """Ready-made callbacks of a Trainer. A callback is a function of (trainer, record), called after each epoch.
 
 One that has ``state_dict`` and ``load_state_dict`` is part of the checkpoints; one that has ``finish(trainer)`` is
-called at the end of ``fit``.
+called at the end of ``fit``, one with ``start()`` at its beginning.
 """
 
 import math
@@ -29,6 +29,10 @@ class EarlyStopping:
         if not isinstance(patience, int) or patience < 1:
             raise ValueError(f"patience must be a whole number of at least 1, got {patience!r}")
         self.patience, self.monitor, self.min_delta = patience, check_monitor(monitor), min_delta
+        self.start()
+
+    def start(self):
+        """A new run begins: nothing is known of it."""
         self._best, self._waited = -math.inf, 0
 
     def __call__(self, trainer, record):
@@ -60,8 +64,12 @@ class BestModel:
     """
 
     def __init__(self, monitor="loss"):
-        self.monitor, self.epoch = check_monitor(monitor), None
-        self._best, self._weights = -math.inf, None
+        self.monitor = check_monitor(monitor)
+        self.start()
+
+    def start(self):
+        """A new run begins: nothing is known of it."""
+        self.epoch, self._best, self._weights = None, -math.inf, None
 
     def __call__(self, trainer, record):
         """After an epoch."""

@@ -72,8 +72,8 @@ class Totals:
     def __init__(self, batches=0, sums=(0.0,) * 5, rows=(0.0,) * 5):
         self.batches, self.sums, self.rows = batches, list(sums), list(rows)
 
-    def add(self, loss, metrics, labelled, parts=1):
-        """One batch; or one of ``parts`` that share the denominators of their whole.
+    def add(self, loss, metrics, labelled, parts=1, rows=0):
+        """One batch; or one of ``parts`` that share the denominators of their whole, with its own number of ``rows``.
 
         ``labelled``: its rows with a label, None for the hard term's denominator.
         """
@@ -82,9 +82,15 @@ class Totals:
         labelled = hard_items if labelled is None else labelled
         only_hard = math.isnan(soft) and hard_items > 0
         means = (float(loss), float(soft), float(hard), float(accuracy), float(agreement))
-        counts = (hard_items if only_hard else soft_items, soft_items, hard_items, labelled, soft_items / parts)
+        counts = (
+            hard_items if only_hard else soft_items,
+            soft_items,
+            hard_items,
+            labelled,
+            rows if parts > 1 else soft_items,
+        )
         for i, (mean, count) in enumerate(zip(means, counts, strict=True)):
-            if count > 0 and not (parts > 1 and math.isnan(mean)):  # a mean of no rows may be nan
+            if count > 0 and not (parts > 1 and i >= 3 and math.isnan(mean)):  # a mean of no rows may be nan
                 self.sums[i] += mean * count
                 self.rows[i] += count / parts if i < 3 else count
         self.batches += 1

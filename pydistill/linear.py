@@ -128,10 +128,12 @@ def linear_distillation_loss(
     gradient of a half weight is accumulated in float32, so that a chunk's small share is not lost.
 
     Memory: the scratch, and the gradients, which exist from forward on. A half weight's gradient has a float32
-    accumulator beside it; under autocast, the weight a copy in that dtype. Rows that do not count (ignored label,
-    sample weight 0) are dropped before the product. With reduction="none" the gradients' run is in backward. Second
-    derivatives, functorch transforms, other devices and graph recorders go through the whole logits. torch.compile
-    runs this function as it is, between its graphs (not with ``fullgraph=True``).
+    accumulator beside it, and 8 MiB of the weight are widened at a time; under autocast, the weight has a copy in that
+    dtype where products in it are native. A teacher given as logits exists already; a chunk of it is copied where rows
+    do not count, and all of it where its rows are not evenly spaced (``logits[:, :-1]``). Rows that do not count
+    (ignored label, sample weight 0) are dropped before the product. With reduction="none" the gradients' run is in
+    backward. Second derivatives, functorch transforms, other devices and graph recorders go through the whole logits.
+    torch.compile runs this function as it is, between its graphs (not with ``fullgraph=True``).
 
     Source: chunking as in Liger Kernel (arXiv:2410.10989); the loss as in :func:`distillation_loss`.
 

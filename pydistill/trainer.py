@@ -1,6 +1,7 @@
 """A thin training loop around the loss: batches, optimizer steps, and what an epoch came to."""
 
 import importlib.util
+import math
 import time
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -28,6 +29,7 @@ class _Run:
 
     epoch: int = 1
     batch: int = 0  # done in this epoch
+    one_thread: bool | None = None  # told by the first batch of all, for the bits depend on it
     steps: int = 0
     number: int = 0  # of the latest checkpoint
     totals: Totals = field(default_factory=Totals)
@@ -82,7 +84,8 @@ class Trainer:
             sets ``trainer.stop = True`` ends ``fit``. ``pydistill.callbacks`` has EarlyStopping and BestModel.
         schedules: options of the loss that change, ``{"alpha": f, "temperature": g}``: functions of the epoch's
             number, called before each epoch.
-        accumulate: batches per optimizer step. Their loss is that of one batch of all their rows.
+        accumulate: batches per optimizer step. Their loss is that of one batch of all their rows; with a loss that is
+            not a DistillationLoss, the mean of the batches' losses.
         clip_norm: largest norm of the gradient of all parameters; None: any.
         autocast: torch.bfloat16 runs the student's forward under ``torch.autocast``; the loss stays in float32.
         seed: an integer: shuffling, dropout and DataLoaders then give the same result to the bit in every
@@ -201,6 +204,9 @@ class Trainer:
         self._check_teacher_rows(train)
         setup = {"rows": row_count(train), "batch_size": batch_size, "accumulate": self.accumulate, "seed": self.seed}
         self.stop = False
+        for callback in self.callbacks:
+            if hasattr(callback, "start"):
+                callback.start()
         count = batch_count(train, batch_size)
         with (
             _mode(self.student, training=True),
@@ -211,13 +217,13 @@ class Trainer:
             run = self._first_or_resumed(resume, setup)
             if bar is not None:
                 bar.update((run.epoch - 1) * (count or 0) + run.batch)
-            first = True
+            if run.one_thread:
+                torch.set_num_threads(1)
             while run.epoch <= epochs and not self.stop:
                 start = time.perf_counter()
                 for name, schedule in self.schedules.items():
                     setattr(self.loss, name, schedule(run.epoch))
-                self._train_epoch(train, batch_size, run, setup, bar, first)
-                first = False
+                self._train_epoch(train, batch_size, run, setup, bar)
                 trained = run.totals.scores()
                 if trained is None:
                     raise ValueError(_no_batch("train", run.epoch))
@@ -275,7 +281,7 @@ class Trainer:
             raise ValueError("inputs must hold at least one batch, got none")
         return torch.cat(logits)
 
-    def _train_epoch(self, train, batch_size, run, setup, bar, first):
+    def _train_epoch(self, train, batch_size, run, setup, bar):
         if run.epoch_random is None:
             run.epoch_random = torch.get_rng_state()
         torch.set_rng_state(run.epoch_random)
@@ -286,9 +292,10 @@ class Trainer:
             torch.set_rng_state(run.random)
         for group in _groups(found, self.accumulate):
             columns = [self._columns(x, rows) for rows, x in group]
-            if first and self._is_small_step(columns[0][0]):
-                torch.set_num_threads(1)
-            first = False
+            if run.one_thread is None:
+                run.one_thread = self._is_small_step(columns[0][0])
+                if run.one_thread:
+                    torch.set_num_threads(1)
             self._step(columns, run.totals)
             run.batch += len(group)
             run.steps += 1
@@ -313,7 +320,8 @@ class Trainer:
                     logits = self.student(inputs)
             loss, metrics = self.loss(logits, targets, labels, return_metrics=True, **options)
             (loss if whole is not None or parts == 1 else loss / parts).backward()
-            totals.add(loss.detach(), metrics, self._labelled(labels, weight), 1 if whole is None else parts)
+            of_whole = {} if whole is None else {"parts": parts, "rows": math.prod(logits.shape[:-1])}
+            totals.add(loss.detach(), metrics, self._labelled(labels, weight), **of_whole)
         if self.clip_norm is not None:
             torch.nn.utils.clip_grad_norm_(self.student.parameters(), self.clip_norm)
         self.optimizer.step()
@@ -321,9 +329,9 @@ class Trainer:
     def _num_items(self, group):
         """Both terms' denominators over several batches."""
         soft = hard = 0.0
-        for inputs, _, labels, weight in group:
+        for _, targets, labels, weight in group:
             if labels is None:
-                soft += float(len(inputs) if weight is None else weight.sum())
+                soft += float(math.prod(targets.shape[:-1]) if weight is None else weight.sum())
                 continue
             weight = torch.ones(labels.shape) if weight is None else weight
             labelled = labels != self.loss.ignore_index
@@ -415,10 +423,12 @@ class Trainer:
         run.number += 1
         state = {
             "setup": setup,
-            "run": {name: getattr(run, name) for name in ("epoch", "batch", "steps", "number", "epoch_random")},
+            "run": {
+                name: getattr(run, name) for name in ("epoch", "batch", "one_thread", "steps", "number", "epoch_random")
+            },
             "totals": [run.totals.batches, run.totals.sums, run.totals.rows],
             "history": run.history,
-            "stop": self.stop,
+            "stop": self.stop and run.batch == 0,  # it ends fit after a whole epoch
             "random": torch.get_rng_state(),
             "student": dict(self.student.state_dict()),
             "optimizer": self.optimizer.state_dict(),
@@ -474,7 +484,9 @@ def _without_targets(columns):
             return inputs, None, None
         case (inputs, labels) if _is_labels(labels):
             return inputs, labels, None
-        case (inputs, labels, weight) if _is_labels(labels) and isinstance(weight, Tensor) and weight.dim() == 1:
+        case (inputs, labels, weight) if (
+            _is_labels(labels) and isinstance(weight, Tensor) and weight.shape == labels.shape
+        ):
             return inputs, labels, weight
     raise ValueError(
         "a batch must be (inputs, labels) or (inputs,) under teacher=, which makes the targets, or (inputs, labels, "

@@ -416,3 +416,35 @@ def test_memory_is_the_scratch_whatever_the_rows(rows, tmp_path):
 def test_every_option_of_the_unfused_loss():
     ours, theirs = (f.__kwdefaults__ for f in (pydistill.linear_distillation_loss, pydistill.distillation_loss))
     assert {k: ours.get(k) for k in theirs if k != "inplace"} == {k: v for k, v in theirs.items() if k != "inplace"}
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("alpha", [0.0, 1.0])
+def test_metrics_of_terms_without_rows(alpha, reduction):
+    data = Data()
+    head = data.teacher.head
+    logits, teacher = F.linear(data.hidden, data.weight, data.bias).detach(), head.hidden @ head.weight.T
+    for labels in (None, data.labels, torch.full((N,), -100)):
+        if labels is None and alpha < 1:
+            continue
+        options = {"alpha": alpha, "temperature": 2.0, "reduction": reduction, "return_metrics": True}
+        _, got = data.loss(**options | {"labels": labels})
+        _, want = pydistill.distillation_loss(logits, teacher, labels, **options)
+        torch.testing.assert_close(got.num_items, want.num_items)
+        for a, b, weighs in ((got.soft_loss, want.soft_loss, alpha > 0), (got.hard_loss, want.hard_loss, alpha < 1)):
+            if weighs:
+                torch.testing.assert_close(a, b)
+            else:
+                assert a.isnan().all()
+
+
+def test_second_derivative_of_what_autocast_mixed():
+    data = Data(torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        hidden = F.linear(data.hidden, torch.eye(H))
+        loss = pydistill.linear_distillation_loss(hidden, data.weight, data.teacher, data.labels)
+    (gradient,) = torch.autograd.grad(loss, data.weight, create_graph=True)
+    torch.autograd.grad(gradient.sum(), data.weight)
+    torch.testing.assert_close(
+        gradient, torch.autograd.grad(data.loss(temperature=1.0), data.weight)[0], rtol=0.1, atol=0.1
+    )

@@ -581,3 +581,28 @@ class TestMore:
         inputs[7, 1] = float("nan")
         with pytest.raises(ValueError, match="train: the inputs must be finite; row 7"):
             trainer_for(mlp()).fit((inputs, *data[1:]), epochs=1)
+
+    @pytest.mark.parametrize("accumulate", [1, 2])
+    def test_a_nan_is_not_hidden_and_tokens_count(self, accumulate):
+        tokens, targets = torch.randint(9, (8, 5)), torch.randn(8, 5, 4)
+        loss = pydistill.DistillationLoss(alpha=1.0)
+        student = nn.Embedding(9, 4)
+        want = loss(student(tokens), targets)
+        sgd = torch.optim.SGD(student.parameters(), lr=0.0)
+        options = {"optimizer": sgd, "accumulate": accumulate}
+        history = trainer_for(student, loss, **options).fit((tokens, targets), epochs=1, batch_size=8 // accumulate)
+        assert history[0].train.loss == pytest.approx(want.item(), rel=1e-5)
+        gradient = student.weight.grad.clone()
+        (expected,) = torch.autograd.grad(loss(student(tokens), targets), student.weight)
+        torch.testing.assert_close(gradient, expected)
+        targets[7] = math.nan
+        history = trainer_for(student, loss, **options).fit((tokens, targets), epochs=1, batch_size=4)
+        assert math.isnan(history[0].train.loss)
+
+    def test_a_second_fit_begins_anew(self, data):
+        from pydistill.callbacks import BestModel, EarlyStopping
+
+        stopping, best = EarlyStopping(patience=1, min_delta=1e9), BestModel()
+        trainer = trainer_for(mlp(), callbacks=[stopping, best])
+        assert [len(trainer.fit(data, epochs=5)) for _ in range(2)] == [2, 2]
+        assert best.epoch in (1, 2)

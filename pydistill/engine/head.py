@@ -30,7 +30,9 @@ class Head(NamedTuple):
 
     def logits(self):
         """All of them, by differentiable torch operations."""
-        logits = F.linear(self.hidden, self.weight, self.bias)
+        dtype = torch.promote_types(self.hidden.dtype, self.weight.dtype)  # they differ after autocast
+        bias = None if self.bias is None else self.bias.to(dtype)
+        logits = F.linear(self.hidden.to(dtype), self.weight.to(dtype), bias)
         if self.softcap is None:
             return logits if self.scale == 1 else logits * self.scale
         logits = logits.to(loss_dtype(logits))
@@ -162,7 +164,7 @@ def run(student, teacher, batch, engine, chunk_rows, dtypes, wanted=(False,) * 3
     ours = _Products(student, dtypes[0], size, want_gradient)
     theirs = None if teacher is None else _Products(teacher, dtypes[1], size, False)
     # A float16 gradient that is divided by N underflows; it is divided after the products, which are wider.
-    unit = max(items) if dtypes[0] is torch.float16 and options.reduction == "mean" else 1.0
+    unit = min(items) if dtypes[0] is torch.float16 and options.reduction == "mean" else 1.0
     gradients = _new_gradients(student, dtypes[0], wanted, kept is not None)
     totals = _Totals(batch, soft_rows, labelled_rows, metrics)
     for start in range(0, rows, size):
@@ -183,6 +185,14 @@ def run(student, teacher, batch, engine, chunk_rows, dtypes, wanted=(False,) * 3
     if rows == 0:
         for x in gradients[1:]:
             _ = x if x is None else x.zero_()
+    for k, (given, some) in enumerate(
+        (
+            (batch.options.soft_items, soft_rows.any()),
+            (batch.options.hard_items, labels is not None and labelled_rows.any()),
+        )
+    ):
+        if given is None and not some:
+            items[k] = 0.0
     return Pass(totals.outcome(items), tuple(_finished(gradients, student, unit)))
 
 
@@ -239,9 +249,9 @@ class _Totals:
         self._soft_rows, self._labelled_rows = soft_rows, labelled_rows
         rows = len(soft_rows) if batch.options.reduction == "none" else None
         self._sums = [0.0] * 3 if rows is None else [batch.student.new_zeros(rows, dtype=self._dtype) for _ in range(3)]
-        if rows is None and metrics:
-            options = batch.options
-            self._sums[1:] = [0.0 if on else float("nan") for on in (options.alpha > 0, options.alpha < 1)]
+        for k, on in ((1, batch.options.alpha > 0), (2, batch.options.alpha < 1)):
+            if metrics and not on:
+                self._sums[k] = self._sums[k] + float("nan")
         self._agreeing = self._right = 0.0
         self._per_row = rows is not None
         self._looks_like_probs = None
@@ -339,7 +349,7 @@ class FusedHead(torch.autograd.Function):
             whole = call.with_tensors(inputs, constants)
             gradients = whole.run(wanted, grad_output.contiguous()).gradients
         elif grad_output.item() != 1:
-            gradients = [None if x is None else x * grad_output.to(x.dtype) for x in gradients]
+            gradients = [None if x is None else x * grad_output for x in gradients]
         return *(None if x is None else x.to(like.dtype) for x, like in zip(gradients, inputs, strict=True)), None
 
 

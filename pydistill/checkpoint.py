@@ -27,7 +27,7 @@ def save(folder, number, state):
     """
     tensors = {}
     tree = json.dumps(_encode(state, tensors, "state"))
-    data = _safetensors().save(tensors, metadata={"state": tree})
+    data = safetensors_torch().save(tensors, metadata={"state": tree})
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"checkpoint-{number:08d}-{hashlib.sha256(data).hexdigest()[:32]}.safetensors"
@@ -38,7 +38,7 @@ def save(folder, number, state):
             file.flush()
             os.fsync(file.fileno())
         os.replace(unfinished, path)
-        _flush_names(folder)
+        flush_names(folder)
     except OSError as error:
         unfinished.unlink(missing_ok=True)
         raise OSError(error.errno, f"checkpoint {number} was not written, earlier ones are whole: {error}") from error
@@ -74,7 +74,8 @@ def found(folder):
     return sorted((p for p in folder.iterdir() if _NAME.fullmatch(p.name)), reverse=True)
 
 
-def _flush_names(folder):
+def flush_names(folder):
+    """Renames in the folder reach the disk; elsewhere than on POSIX that cannot be asked for."""
     if os.name != "posix":
         return
     descriptor = os.open(folder, os.O_RDONLY)
@@ -86,14 +87,17 @@ def _flush_names(folder):
 
 def _decode_file(data):
     header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-    return _decode(json.loads(header["__metadata__"]["state"]), _safetensors().load(data))
+    return _decode(json.loads(header["__metadata__"]["state"]), safetensors_torch().load(data))
 
 
-def _safetensors():
+def safetensors_torch():
+    """The optional library."""
     try:
         import safetensors.torch
     except ImportError as error:
-        raise ImportError("checkpoints need safetensors: pip install 'pydistill-kd[ship]'") from error
+        raise ImportError(
+            "checkpoints and saved students need safetensors: pip install 'pydistill-kd[ship]'"
+        ) from error
     return safetensors.torch
 
 

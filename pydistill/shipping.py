@@ -19,8 +19,9 @@ import torch
 from torch import Tensor, nn
 
 import pydistill
+from pydistill.checkpoint import flush_names, safetensors_torch
 from pydistill.data import describe
-from pydistill.trainer import _mode
+from pydistill.modules import float_dtype, mode
 
 _FORMAT = 1
 _TENSORS, _DOCUMENT = "student.safetensors", "student.json"
@@ -66,7 +67,7 @@ def save_student(student, folder, *, metadata=None) -> Path:
         >>> folder.cleanup()
     """
     document = _describe_student(student, metadata)
-    save_model = _safetensors().save_model
+    save_model = safetensors_torch().save_model
     from safetensors import SafetensorError
 
     folder = Path(folder)
@@ -87,9 +88,9 @@ def save_student(student, folder, *, metadata=None) -> Path:
         raise OSError(getattr(error, "errno", errno.EIO), message) from error
     # From here on the new student counts: its document is found under either name. The flush keeps the order of the two
     # renames, also when the power fails.
-    _flush_names(folder)
+    flush_names(folder)
     os.replace(pending, folder / _DOCUMENT)
-    _flush_names(folder)
+    flush_names(folder)
     return folder
 
 
@@ -121,7 +122,7 @@ def load_student(folder, student):
         True
     """
     _check_module("student", student)
-    load_model = _safetensors().load_model
+    load_model = safetensors_torch().load_model
     folder = Path(folder)
     document = _read_document(folder)
     _check_fit(document, student)
@@ -262,24 +263,6 @@ def _write_whole(path, data):
     except OSError:
         unfinished.unlink(missing_ok=True)
         raise
-
-
-def _flush_names(folder):
-    if os.name != "posix":
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _safetensors():
-    try:
-        import safetensors.torch
-    except ImportError as error:
-        raise ImportError("a student's files need safetensors: pip install 'pydistill-kd[ship]'") from error
-    return safetensors.torch
 
 
 def _check_module(name, module):
@@ -512,7 +495,7 @@ def report(student, teacher, X, y, *, batch_sizes=(1, 256)) -> Report:
         stack.enter_context(torch.inference_mode())
         for subject in subjects.values():
             if isinstance(subject.model, nn.Module):
-                stack.enter_context(_mode(subject.model, training=False))
+                stack.enter_context(mode(subject.model, training=False))
         outputs = {role: _outputs(subject) for role, subject in subjects.items()}
         classes = _check_classes(student, teacher, outputs)
         labels = _encode(y, classes)
@@ -556,7 +539,7 @@ def _subject(role, model, X) -> _Subject:
 
 def _for_module(X, module) -> Tensor:
     rows = X.detach() if isinstance(X, Tensor) else torch.tensor(np.asarray(X))
-    dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), rows.dtype)
+    dtype = float_dtype(module, rows.dtype)
     return rows.to(dtype) if rows.is_floating_point() else rows
 
 

@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pydistill.modules import float_dtype, mode
 from pydistill.soft_targets import SoftTargets
-from pydistill.trainer import _mode
 
 # Their decision values are logits: the softmax of them (of [0, d] for one column d) is predict_proba. Not so for
 # SVC, whose decision values are distances or votes, nor for AdaBoost, whose are scaled.
@@ -234,9 +234,9 @@ def _module_logits(module, X, batch_size) -> Tensor:
     X = X if isinstance(X, Tensor) else np.asarray(X)  # a memory map stays one
     if X.ndim == 0 or not len(X):
         raise ValueError(f"X must hold at least one row, got shape {tuple(X.shape)}")
-    dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
+    dtype = float_dtype(module, torch.float32)
     logits = None
-    with _mode(module, training=False):
+    with mode(module, training=False):
         for start in range(0, len(X), batch_size):
             rows = X[start : start + batch_size]
             with torch.inference_mode():

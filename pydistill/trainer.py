@@ -14,6 +14,7 @@ from pydistill import checkpoint
 from pydistill.data import batch_count, batches, describe, prepare, row_count
 from pydistill.history import EpochRecord, History, Scores, Totals
 from pydistill.losses import DistillationLoss
+from pydistill.modules import float_dtype, mode
 from pydistill.soft_targets import SoftTargets
 from pydistill.store import TeacherStore
 
@@ -198,7 +199,7 @@ class Trainer:
         """
         _check_count("epochs", epochs)
         _check_count("batch_size", batch_size)
-        dtype = next((p.dtype for p in self.student.parameters() if p.is_floating_point()), torch.float32)
+        dtype = float_dtype(self.student, torch.float32)
         train = prepare("train", train, dtype)
         val = None if val is None else prepare("val", val, dtype)
         self._check_teacher_rows(train)
@@ -209,7 +210,7 @@ class Trainer:
                 callback.start()
         count = batch_count(train, batch_size)
         with (
-            _mode(self.student, training=True),
+            mode(self.student, training=True),
             threads_restored(),
             _seeded(self.seed),
             _progress_bar(self.progress, count and epochs * count) as bar,
@@ -255,7 +256,7 @@ class Trainer:
             TypeError, ValueError: as for :meth:`fit`.
         """
         _check_count("batch_size", batch_size)
-        dtype = next((p.dtype for p in self.student.parameters() if p.is_floating_point()), torch.float32)
+        dtype = float_dtype(self.student, torch.float32)
         return self._evaluate("data", prepare("data", data, dtype), batch_size)
 
     @torch.no_grad()
@@ -272,10 +273,10 @@ class Trainer:
         """
         _check_count("batch_size", batch_size)
         if hasattr(inputs, "__array__") and len(inputs):
-            dtype = next((p.dtype for p in self.student.parameters() if p.is_floating_point()), torch.float32)
+            dtype = float_dtype(self.student, torch.float32)
             inputs = prepare("inputs", (inputs,), dtype)[0]
         found = inputs.split(batch_size) if isinstance(inputs, Tensor) else inputs
-        with _mode(self.student, training=False):
+        with mode(self.student, training=False):
             logits = [self.student(b[0] if isinstance(b, tuple | list) else b) for b in found]
         if not logits:
             raise ValueError("inputs must hold at least one batch, got none")
@@ -344,7 +345,7 @@ class Trainer:
     @torch.no_grad()
     def _evaluate(self, name, data, batch_size, epoch=1) -> Scores:
         totals = Totals()
-        with _mode(self.student, training=False):
+        with mode(self.student, training=False):
             for _, columns in batches(data, batch_size, shuffle=False):
                 inputs, targets, labels, weight = self._columns(columns)
                 options = {} if weight is None else {"sample_weight": weight}
@@ -368,7 +369,7 @@ class Trainer:
             inputs, labels, weight = _without_targets(columns)
             if self._teacher_rows:
                 return inputs, self.teacher[rows], labels, weight
-            with torch.no_grad(), _mode(self.teacher, training=False):
+            with torch.no_grad(), mode(self.teacher, training=False):
                 return inputs, self.teacher(inputs), labels, weight
         match columns:
             case (inputs, second) if _is_labels(second):
@@ -528,18 +529,6 @@ def _no_batch(name, epoch) -> str:
 
 def _is_labels(column) -> bool:
     return isinstance(column, Tensor) and not column.is_floating_point()
-
-
-@contextmanager
-def _mode(module, *, training):
-    """Train or eval mode for a while; every submodule gets its own mode back, also one that was frozen."""
-    before = [(m, m.training) for m in module.modules()]
-    module.train(training)
-    try:
-        yield
-    finally:
-        for m, mode in before:
-            m.training = mode
 
 
 @contextmanager

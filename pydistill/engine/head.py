@@ -183,8 +183,7 @@ def run(student, teacher, batch, engine, chunk_rows, dtypes, wanted=(False,) * 3
             gradient = ours.before_softcap(logits, gradient)
             _add_gradients(gradients, ours, gradient, hidden, part, first=start == 0)
     if rows == 0:
-        for x in gradients[1:]:
-            _ = x if x is None else x.zero_()
+        gradients = [None if x is None else x.zero_() for x in gradients]
     for k, (given, some) in enumerate(
         (
             (batch.options.soft_items, soft_rows.any()),

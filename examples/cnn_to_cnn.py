@@ -19,7 +19,7 @@ from sklearn.model_selection import train_test_split
 from torch import nn
 
 import pydistill
-from pydistill.shipping import report
+from pydistill.evaluation import report
 from pydistill.teachers import teacher_outputs
 
 

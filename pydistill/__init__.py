@@ -16,10 +16,11 @@ else:
 import torch  # noqa: F401  before the compiled core, so that both use torch's OpenMP pool
 
 from pydistill.engine.backend import BackendInfo, backend_info, use_backend
+from pydistill.evaluation import report
 from pydistill.functional import LossMetrics, distillation_loss
 from pydistill.linear import LinearTeacher, linear_distillation_loss
 from pydistill.losses import DistillationLoss, LinearDistillationLoss
-from pydistill.shipping import load_student, report, save_student
+from pydistill.shipping import load_student, save_student
 from pydistill.soft_targets import SoftTargets, top_k
 from pydistill.store import TeacherStore
 from pydistill.trainer import Trainer

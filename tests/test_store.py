@@ -29,8 +29,9 @@ from torch.utils.data import (
 )
 
 import pydistill
-from pydistill import SoftTargets, store
-from pydistill.store import TeacherStore
+from pydistill import SoftTargets
+from pydistill.store import TeacherStore, writer
+from pydistill.store.manifest import read_manifest, replace_manifest
 
 ROWS, FEATURES, CLASSES, K = 150, 6, 20, 5  # 150 is not a multiple of the batch sizes below
 TOP_K = {"k": K, "temperatures": (1.0, 2.0), "tail": "bucket"}
@@ -554,8 +555,8 @@ class TestDamage:
             TeacherStore.open(built.folder)
 
     def test_other_format(self, built):
-        manifest = store._read_manifest(built.folder)
-        store._replace_manifest(built.folder, manifest | {"format": 9})
+        manifest = read_manifest(built.folder)
+        replace_manifest(built.folder, manifest | {"format": 9})
         with pytest.raises(ValueError, match="has format 9; this version reads 1"):
             TeacherStore.open(built.folder)
 
@@ -592,7 +593,7 @@ def stopping(teacher, after):
 class TestResume:
     @pytest.fixture(autouse=True)
     def _sync_every_batch(self, monkeypatch):
-        monkeypatch.setattr(store, "_SECONDS_BETWEEN_SYNCS", 0.0)
+        monkeypatch.setattr(writer, "_SECONDS_BETWEEN_SYNCS", 0.0)
 
     @pytest.fixture
     def whole(self, tmp_path, inputs, teacher):
@@ -627,7 +628,7 @@ class TestResume:
         assert all(got[name] == whole[name] for name in TestDamage.NAMES)
 
     def test_an_error_loses_nothing_even_between_syncs(self, tmp_path, inputs, teacher, monkeypatch):
-        monkeypatch.setattr(store, "_SECONDS_BETWEEN_SYNCS", 1e9)
+        monkeypatch.setattr(writer, "_SECONDS_BETWEEN_SYNCS", 1e9)
         stopping(teacher, after=4)
         with pytest.raises(Stop):
             TeacherStore.build(tmp_path, teacher, inputs, batch_size=16)
@@ -681,7 +682,7 @@ class TestResume:
     ):
         """What a power failure leaves behind: no test can make one, so the order of the calls has to do."""
         dirty, calls, before = set(), [], []
-        fsync, replace, write_at = os.fsync, os.replace, store._write_at
+        fsync, replace, write_at = os.fsync, os.replace, writer._write_at
 
         def note_write(file, offset, content):
             dirty.add(os.path.realpath(file.name))
@@ -701,7 +702,7 @@ class TestResume:
             replace(old, new)
             calls.append("replaced")
 
-        monkeypatch.setattr(store, "_write_at", note_write)
+        monkeypatch.setattr(writer, "_write_at", note_write)
         monkeypatch.setattr(os, "fsync", note_fsync)
         monkeypatch.setattr(os, "replace", note_replace)
         TeacherStore.build(tmp_path, teacher, inputs, batch_size=50, **TOP_K)
@@ -727,7 +728,7 @@ class TestResume:
             if not killed:
                 break
             if (folder / "manifest.json").exists():
-                rows_found.add(store._read_manifest(folder)["rows_written"])
+                rows_found.add(read_manifest(folder)["rows_written"])
             build(folder)
             assert contents(folder) == want
             step += 1
@@ -753,7 +754,7 @@ class TestResume:
             for _ in range(8):
                 killed = run_child(lambda folder=folder: build(folder), kill_after=randoms.uniform(0, 0.7 * seconds))
                 kills += killed
-                manifest = store._read_manifest(folder) if folder.exists() else None
+                manifest = read_manifest(folder) if folder.exists() else None
                 now = manifest["rows_written"] if manifest else 0
                 assert now >= rows
                 rows = now
@@ -801,7 +802,7 @@ def build_and_die_at(step, build, folder):
         return run
 
     os.fsync, os.replace, os.posix_fallocate = map(deadly, (os.fsync, os.replace, os.posix_fallocate))
-    store._write_at = deadly(store._write_at)
+    writer._write_at = deadly(writer._write_at)
     build(folder)
 
 
@@ -834,10 +835,10 @@ class TestFullDisk:
             TeacherStore.open(tmp_path)
         assert len(TeacherStore.build(tmp_path, teacher, inputs, k=3)) == ROWS  # fits, and is not refused
 
-    @pytest.mark.parametrize("operation", ["_write_at", "_replace_manifest"])
+    @pytest.mark.parametrize("operation", ["_write_at", "replace_manifest"])
     def test_later(self, tmp_path, inputs, teacher, logits, monkeypatch, operation):
-        monkeypatch.setattr(store, "_SECONDS_BETWEEN_SYNCS", 0.0)
-        calls, works = [], getattr(store, operation)
+        monkeypatch.setattr(writer, "_SECONDS_BETWEEN_SYNCS", 0.0)
+        calls, works = [], getattr(writer, operation)
 
         def fill_up(*args):
             calls.append(args)
@@ -845,14 +846,14 @@ class TestFullDisk:
                 raise OSError(errno.ENOSPC, "No space left on device")
             works(*args)
 
-        monkeypatch.setattr(store, operation, fill_up)
+        monkeypatch.setattr(writer, operation, fill_up)
         with pytest.raises(OSError, match=r"No space left on device, while writing the teacher store") as caught:
             TeacherStore.build(tmp_path, teacher, inputs, batch_size=16, dtype="float32")
         assert caught.value.errno == errno.ENOSPC
         rows = 96 if operation == "_write_at" else 80  # the first manifest is of no rows
         with pytest.raises(ValueError, match=f"is unfinished: it holds {rows} of 150 rows"):
             TeacherStore.open(tmp_path)
-        monkeypatch.setattr(store, operation, works)
+        monkeypatch.setattr(writer, operation, works)
         built = TeacherStore.build(tmp_path, teacher, inputs, batch_size=16, dtype="float32")
         torch.testing.assert_close(built[:].logits, logits, rtol=1e-5, atol=1e-5)
 
@@ -870,7 +871,7 @@ class TestFullDisk:
                 return len(content[:3])
 
         file = Stingy()
-        store._write_at(file, 2, memoryview(b"abcdefgh"))
+        writer._write_at(file, 2, memoryview(b"abcdefgh"))
         assert file.content == b"\0\0abcdefgh"
 
 

@@ -1,0 +1,67 @@
+"""What tells a stale store: digests of the data and of the teacher."""
+
+import hashlib
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from pydistill.store.digests import as_bytes, hash_rows
+from pydistill.store.sources import first_column, in_memory, reads_in_order
+
+_SAMPLED_ITEMS = 64
+
+
+def measure(source) -> tuple[int, str]:
+    """The number of rows, and the fingerprint."""
+    if isinstance(source, DataLoader) and reads_in_order(source):
+        source = in_memory(source.dataset)
+    if isinstance(source, Dataset):
+        first, second = _sample_digest(source), _sample_digest(source)
+        if first != second:
+            raise ValueError(
+                "data must give the same items each time; this Dataset does not. Does it augment at random? A stored "
+                "target belongs to one input"
+            )
+        return len(source), f"a sample of {len(source)} items, sha256 {first}"
+    digest, rows, form = hashlib.sha256(), 0, None
+    for inputs in [source] if isinstance(source, Tensor | np.ndarray) else map(first_column, source):
+        if form not in (None, _form(inputs)):
+            raise ValueError(f"data must have rows of one dtype and shape, got {_form(inputs)} after {form}")
+        form = _form(inputs)
+        hash_rows(digest, inputs)
+        rows += len(inputs)
+    if rows == 0:
+        raise ValueError("data must give at least one row, got none")
+    digest.update(form.encode())
+    return rows, f"all of {rows} rows, sha256 {digest.hexdigest()[:32]}"
+
+
+def _sample_digest(dataset) -> str:
+    digest, last = hashlib.sha256(), len(dataset) - 1
+    for i in sorted({j * last // (_SAMPLED_ITEMS - 1) for j in range(_SAMPLED_ITEMS)}):
+        item = dataset[i]
+        item = item[0] if isinstance(item, tuple | list) else item
+        item = item if isinstance(item, Tensor) else np.asarray(item)
+        digest.update(f"{i} {tuple(item.shape)} {_form(item[None])} ".encode())
+        hash_rows(digest, item[None])
+    return digest.hexdigest()[:32]
+
+
+def _form(inputs) -> str:
+    return f"{str(inputs.dtype).removeprefix('torch.')} {tuple(inputs.shape[1:])}"
+
+
+def teacher_fingerprint(teacher) -> str:
+    """Of a module's state; of a callable nothing can be known."""
+    if not isinstance(teacher, torch.nn.Module):
+        if not callable(teacher):
+            raise TypeError(f"teacher must be a module or a callable, got {type(teacher).__name__}")
+        return "a callable"
+    digest = hashlib.sha256()
+    for name, value in sorted(teacher.state_dict().items()):
+        if isinstance(value, Tensor):  # extra state can be anything
+            digest.update(f"{name} {value.dtype} {tuple(value.shape)} ".encode())
+            digest.update(as_bytes(value))
+    return f"a module, sha256 {digest.hexdigest()[:32]}"

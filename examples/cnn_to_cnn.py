@@ -1,14 +1,19 @@
 """A deep CNN teaches a tiny one on digits' 8 x 8 images.
 
-The teacher is trained on the images as they are, and its logits are computed once, for these and for shifted ones. Two
-students, from the same first weights, learn from all of them: one from the labels alone, one from the teacher too. Run
-it with `python examples/cnn_to_cnn.py`; it prints the last student's report, after these lines:
+The teacher is trained on the images as they are, and its logits are computed once, for these and for shifted ones.
+Students, from the same first weights, learn from all of them: one from the labels alone, four from the teacher too,
+each with another alpha and temperature. Of the four the best on validation rows is kept, a fifth of the training rows
+that neither teacher nor students have seen. Epochs and learning rates, which are the same for all students, were once
+tried on test rows of these digits: the figures show the way, and prove no gain.
+
+Run it with `python examples/cnn_to_cnn.py`; it takes half a minute on one thread (OMP_NUM_THREADS=1, for these figures)
+and prints the last student's report, after these lines:
 
     seed  teacher  labels only  distilled  agreement: labels only  distilled
-       0    0.998        0.939      0.959                   0.941      0.957
-       1    0.989        0.935      0.967                   0.935      0.972
-       2    0.993        0.946      0.931                   0.946      0.937
-    mean    0.993        0.940      0.952                   0.941      0.956
+       0    0.994        0.943      0.965                   0.941      0.967
+       1    0.987        0.941      0.965                   0.933      0.967
+       2    0.985        0.926      0.941                   0.924      0.943
+    mean    0.989        0.936      0.957                   0.933      0.959
 """
 
 import statistics
@@ -21,6 +26,8 @@ from torch import nn
 import pydistill
 from pydistill.evaluation import report
 from pydistill.teachers import teacher_outputs
+
+SETTINGS = [(0.5, 2.0), (0.5, 4.0), (0.9, 2.0), (0.9, 4.0)]  # alpha and temperature
 
 
 def make_teacher():
@@ -65,23 +72,34 @@ def shifted(X, y):
     return torch.cat(images), y.repeat(len(moves))
 
 
+@torch.inference_mode()
+def accuracy(student, X, y):
+    """Share of the rows that the student gets right."""
+    return float((student(X).argmax(-1) == y).double().mean())
+
+
 def run(seed, teacher_epochs, epochs):
     """One seed: reports of the student that learned from labels alone and of the distilled one."""
     X, y = load_digits(return_X_y=True)
     images = (X / 16).astype("float32").reshape(-1, 1, 8, 8)
     parts = train_test_split(images, y, test_size=0.3, stratify=y, random_state=seed)
     X, X_test, y, y_test = map(torch.from_numpy, parts)
+    held_out = len(X) // 5  # the rows come shuffled
+    (X_val, X), (y_val, y) = ((rows[:held_out], rows[held_out:]) for rows in (X, y))
     torch.manual_seed(seed)
     teacher = train(make_teacher(), (X, y), 3e-3, teacher_epochs, seed, alpha=0.0)
 
     X, y = shifted(X, y)
-    targets = teacher_outputs(teacher, X)  # computed once, for every epoch
-    reports = {}
-    for name, alpha in {"labels only": 0.0, "distilled": 0.9}.items():
+    targets = teacher_outputs(teacher, X)  # computed once, for every epoch and every setting
+
+    def student_of(**options):
         torch.manual_seed(seed)
-        student = train(make_student(), (X, targets, y), 1e-2, epochs, seed, alpha=alpha, temperature=4.0)
-        reports[name] = report(student, teacher, X_test, y_test)
-    return reports
+        return train(make_student(), (X, targets, y), 1e-2, epochs, seed, **options)
+
+    distilled = [student_of(alpha=alpha, temperature=temperature) for alpha, temperature in SETTINGS]
+    best = max(distilled, key=lambda student: accuracy(student, X_val, y_val))
+    students = {"labels only": student_of(alpha=0.0), "distilled": best}
+    return {name: report(student, teacher, X_test, y_test) for name, student in students.items()}
 
 
 def main(seeds=3, teacher_epochs=6, epochs=10):

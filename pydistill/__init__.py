@@ -1,5 +1,6 @@
 """pydistill: a fused loss engine for knowledge distillation on the CPU."""
 
+from importlib import import_module as _import_module
 from importlib import metadata as _metadata
 
 # An unrelated distribution named "pydistill" installs the same import package; the two overwrite each other's files.
@@ -21,8 +22,9 @@ from pydistill.functional import LossMetrics, distillation_loss
 from pydistill.linear import LinearTeacher, linear_distillation_loss
 from pydistill.losses import DistillationLoss, LinearDistillationLoss
 from pydistill.shipping import load_student, save_student
-from pydistill.soft_targets import SoftTargets, top_k
 from pydistill.store import TeacherStore
+from pydistill.targets import SoftTargets, top_k
+from pydistill.teachers import soft_targets, teacher_outputs
 from pydistill.trainer import Trainer
 
 try:
@@ -45,6 +47,17 @@ __all__ = [
     "load_student",
     "report",
     "save_student",
+    "soft_targets",
+    "teacher_outputs",
     "top_k",
     "use_backend",
 ]
+
+_OPTIONAL = ("callbacks", "sklearn", "skorch")
+
+
+def __getattr__(name):
+    """Submodules that are imported when they are first used: scikit-learn and skorch need not be there."""
+    if name in _OPTIONAL:
+        return _import_module(f"pydistill.{name}")
+    raise AttributeError(f"module 'pydistill' has no attribute {name!r}")

@@ -14,6 +14,8 @@ from pathlib import Path
 
 from torch import Tensor
 
+from pydistill.files import write_through
+
 _NAME = re.compile(r"checkpoint-(\d{8})-([0-9a-f]{32})\.safetensors")
 _KEPT = 2
 
@@ -33,10 +35,7 @@ def save(folder, number, state):
     path = folder / f"checkpoint-{number:08d}-{hashlib.sha256(data).hexdigest()[:32]}.safetensors"
     unfinished = folder / f"unfinished-{path.name}"
     try:
-        with open(unfinished, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+        write_through(unfinished, data)
         os.replace(unfinished, path)
         flush_names(folder)
     except OSError as error:

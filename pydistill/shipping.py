@@ -4,6 +4,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 from pathlib import Path
 
 import torch
@@ -13,6 +14,7 @@ import pydistill
 from pydistill.checkpoint import flush_names, safetensors_torch
 from pydistill.data import describe
 from pydistill.files import unfinished_path, write_through
+from pydistill.modules import count_parameters
 
 _FORMAT = 1
 _TENSORS, _DOCUMENT = "student.safetensors", "student.json"
@@ -30,7 +32,9 @@ def save_student(student, folder, *, metadata=None) -> Path:
     loads, the old or the new.
 
     Args:
-        student: a module. What its ``state_dict`` holds is saved, tied parameters once; its mode is not.
+        student: a module; of a DistilledClassifier its ``student_``, of a skorch net its ``module_``. What its
+            ``state_dict`` holds is saved, tied parameters once; its mode is not. Of what ``torch.compile`` gives the
+            plain module is saved, and loads into either.
         folder: made if need be.
         metadata: anything that JSON can hold, such as the names of the classes; read it with
             ``json.loads(Path(folder, "student.json").read_text())["metadata"]``.
@@ -55,6 +59,7 @@ def save_student(student, folder, *, metadata=None) -> Path:
         True
         >>> folder.cleanup()
     """
+    student = _plain_module(student)
     document = _describe_student(student, metadata)
     save_model = safetensors_torch().save_model
     from safetensors import SafetensorError
@@ -75,7 +80,7 @@ def save_student(student, folder, *, metadata=None) -> Path:
         unfinished.unlink(missing_ok=True)
         pending.unlink(missing_ok=True)
         message = f"the student was not written to {folder}, what was there is whole: {error}"
-        raise OSError(getattr(error, "errno", errno.EIO), message) from error
+        raise OSError(_error_number(error), message) from error
     # From here on the new student counts: its document is found under either name. The flush keeps the order of the two
     # renames, also when the power fails.
     flush_names(folder)
@@ -111,17 +116,16 @@ def load_student(folder, student):
         >>> torch.equal(copy.weight, student.weight)
         True
     """
-    _check_module("student", student)
+    module = _plain_module(student)
     load_model = safetensors_torch().load_model
     folder = Path(folder)
     document = _read_document(folder)
-    _check_fit(document, student)
-    load_model(student, folder / _TENSORS)
+    _check_fit(document, module)
+    load_model(module, folder / _TENSORS)
     return student
 
 
 def _describe_student(student, metadata) -> dict:
-    _check_module("student", student)
     state = student.state_dict()
     for name, value in state.items():
         if not isinstance(value, Tensor):
@@ -233,11 +237,16 @@ def _sha256(path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _check_module(name, module):
-    if not isinstance(module, nn.Module):
-        raise TypeError(f"{name} must be a torch.nn.Module, got {describe(module)}")
+def _plain_module(student) -> nn.Module:
+    """A compiled module keeps the plain one; its own tensors' names begin with ``_orig_mod.``."""
+    if isinstance(student, nn.Module):
+        return getattr(student, "_orig_mod", student)
+    inside = [name for name in ("student_", "module_") if isinstance(getattr(student, name, None), nn.Module)]
+    hint = f": pass its {inside[0]}" if inside else ""
+    raise TypeError(f"student must be a torch.nn.Module, got {describe(student)}{hint}")
 
 
-def count_parameters(module) -> int:
-    """How many numbers a module learns, tied ones once."""
-    return sum(p.numel() for p in module.parameters())
+def _error_number(error) -> int:
+    """safetensors gives the number in its text alone, as "(os error 28)" for a full disk."""
+    told = re.search(r"\(os error (\d+)\)", str(error))
+    return getattr(error, "errno", None) or (int(told[1]) if told else errno.EIO)

@@ -1,17 +1,20 @@
 """``DistilledClassifier``: a small network as a scikit-learn classifier, taught by a larger classifier."""
 
+import inspect
 import pickle
-from copy import deepcopy
+from copy import copy, deepcopy
 from numbers import Integral
 
 import numpy as np
 import torch
 from torch import nn
 
+from pydistill.estimators import check_classifier, for_labels, frozen_part, other_classes
 from pydistill.losses import DistillationLoss
-from pydistill.soft_targets import SoftTargets
+from pydistill.targets import SoftTargets
 from pydistill.teachers import soft_targets, teacher_outputs
 from pydistill.trainer import Trainer
+from pydistill.training_checks import check_lone_row
 
 try:
     from sklearn.base import BaseEstimator, ClassifierMixin, clone
@@ -41,13 +44,13 @@ class DistilledClassifier(ClassifierMixin, BaseEstimator):
     alone.
 
     The features are not scaled: put a ``StandardScaler`` before it in a Pipeline; the teacher then gets scaled features
-    too. The teacher gets DataFrames as they are, everything else as an array, and the labels as they are: XGBoost wants
-    them to be 0, 1, ...
+    too. The teacher gets DataFrames as they are, everything else as an array, and the labels as they are; only
+    XGBClassifier gets their codes, where they are not 0, 1, ... already.
 
     Args:
         teacher: any classifier with ``predict_proba``; clones of it are fitted. Two kinds are used as they are, for all
-            rows, and should not have been fitted on those of ``fit``: a ``FrozenEstimator`` around a fitted classifier,
-            and a torch module that maps float rows to logits, one per class in sorted order.
+            rows, and should not have been fitted on those of ``fit``: a ``FrozenEstimator`` around a whole fitted
+            classifier or Pipeline, and a torch module that maps float rows to logits, one per class in sorted order.
         hidden_layer_sizes: widths of the student's hidden layers, with ReLU between them; () is a linear student.
         student: another student than that: a function of ``(n_features, n_classes)`` that makes a torch module, or a
             module, which is copied with its weights. It maps ``(rows, n_features)`` to logits ``(rows, n_classes)``;
@@ -56,7 +59,7 @@ class DistilledClassifier(ClassifierMixin, BaseEstimator):
             from T = 1 on, and for alpha too.
         alpha: weight of the soft term in [0, 1]; with 0 the student learns from the labels alone.
         epochs: passes over the rows.
-        batch_size: rows per step.
+        batch_size: rows per step. A student with BatchNorm cannot train on a last batch of one row.
         learning_rate: of Adam.
         cv: folds of the soft targets: a number, a splitter, or an iterable of ``(train, test)`` indices.
         memory: a folder, or a joblib.Memory, where fitted teachers and their targets are kept: with an int for
@@ -86,6 +89,27 @@ class DistilledClassifier(ClassifierMixin, BaseEstimator):
         >>> pipeline = make_pipeline(StandardScaler(), model).fit(X, y)
         >>> pipeline.score(X_test, y_test) > 0.95, model.agreement_ > 0.95, model.compression_ > 100
         (True, True, True)
+
+        What ships is ``student_``, a plain module; unless ``student=`` was given it is ``Sequential(Linear, ReLU, ...,
+        Linear)``, with a ReLU after each hidden layer. A file holds its weights, and ``metadata`` what it takes to make
+        the module again and to read its outputs. The scaler is not part of it: keep it yourself.
+
+        >>> import json, tempfile, torch, pydistill
+        >>> from pathlib import Path
+        >>> folder, scaler = tempfile.TemporaryDirectory(), pipeline[0]
+        >>> metadata = {"sizes": [64, 32, 10], "classes": model.classes_.tolist()}
+        >>> path = pydistill.save_student(model.student_, folder.name, metadata=metadata)
+        >>> metadata = json.loads(Path(path, "student.json").read_text())["metadata"]
+        >>> n_features, hidden, n_classes = metadata["sizes"]
+        >>> student = torch.nn.Sequential(
+        ...     torch.nn.Linear(n_features, hidden), torch.nn.ReLU(), torch.nn.Linear(hidden, n_classes))
+        >>> student = pydistill.load_student(path, student).eval()
+        >>> with torch.inference_mode():
+        ...     columns = student(torch.tensor(scaler.transform(X_test), dtype=torch.float32)).argmax(-1)
+        >>> predicted = [metadata["classes"][column] for column in columns]
+        >>> predicted == pipeline.predict(X_test).tolist()
+        True
+        >>> folder.cleanup()
     """
 
     def __init__(
@@ -133,6 +157,12 @@ class DistilledClassifier(ClassifierMixin, BaseEstimator):
             ValueError, TypeError: rows, labels, weights or an option that cannot be used; a teacher whose classes are
                 not those of y; a loss that ceased to be finite. Options are checked before the teacher is fitted.
         """
+        fitted = copy(self)  # a fit that fails leaves this one as it was, its number of features too
+        fitted._fit(X, y, sample_weight, X_unlabeled)
+        self.__dict__ = fitted.__dict__
+        return self
+
+    def _fit(self, X, y, sample_weight, X_unlabeled):
         features, y = validate_data(self, X, y, dtype=_FLOATS)
         check_classification_targets(y)
         classes, codes = np.unique(y, return_inverse=True)
@@ -142,10 +172,14 @@ class DistilledClassifier(ClassifierMixin, BaseEstimator):
         _check_classes(classes, codes, weight)
         unlabeled = None if X_unlabeled is None else self._check_unlabeled(X_unlabeled)
 
+        epochs, batch_size = _count("epochs", self.epochs), _count("batch_size", self.batch_size)
+        self._check_teacher()
         rng = check_random_state(self.random_state)
         inputs = torch.tensor(features, dtype=torch.float32)
         student, trainer = self._make_trainer(inputs, len(classes), rng)
-        epochs, batch_size = _count("epochs", self.epochs), _count("batch_size", self.batch_size)
+        row_count = len(inputs) + (0 if unlabeled is None else len(unlabeled))
+        if (row_count - 1) % batch_size == 0:  # the trainer would find it, when the teacher has been fitted
+            check_lone_row(student, inputs[:1], row_count, batch_size)
 
         rows = _as_teacher_takes_them(X, features)
         teacher, targets = self._teach(rows, y, classes, rng)
@@ -157,13 +191,16 @@ class DistilledClassifier(ClassifierMixin, BaseEstimator):
         if weight is not None:
             ones = np.ones(len(data[0]) - len(weight))
             data = (*data, torch.from_numpy(np.concatenate([weight, ones]).astype(np.float32)))
-        history = trainer.fit(data, epochs=epochs, batch_size=batch_size)
-        _check_finite(history, self.learning_rate)
+        try:
+            history = trainer.fit(data, epochs=epochs, batch_size=batch_size)
+        except ValueError as error:
+            hint = f"scale the features (StandardScaler), or lower learning_rate, which is {self.learning_rate}"
+            error.add_note(f"Where the loss ceased to be finite: {hint}")
+            raise
 
         self.classes_, self.teacher_, self.student_, self.history_ = classes, teacher, student.eval(), history
         agrees = _logits(student, inputs).argmax(-1) == teacher_outputs(teacher, rows).logits.argmax(-1)
         self.agreement_ = float(agrees.double().mean())
-        return self
 
     def predict(self, X):
         """The student's classes ``(N,)``."""
@@ -183,11 +220,24 @@ class DistilledClassifier(ClassifierMixin, BaseEstimator):
         return len(pickle.dumps(self.teacher_)) / sum(x.nbytes for x in self.student_.state_dict().values())
 
     def _check_unlabeled(self, X_unlabeled):
-        rows = check_array(X_unlabeled, dtype=_FLOATS, input_name="X_unlabeled")
+        rows = check_array(X_unlabeled, dtype=_FLOATS, input_name="X_unlabeled", ensure_min_samples=0)
+        if len(rows) == 0:
+            raise ValueError("X_unlabeled must hold at least one row, got none; without such rows it is None")
         if rows.shape[1] != self.n_features_in_:
             raise ValueError(f"X_unlabeled must have the {self.n_features_in_} features of X, got {rows.shape[1]}")
         validate_data(self, X_unlabeled, reset=False, skip_check_array=True)  # the names of a DataFrame's columns
         return rows
+
+    def _check_teacher(self):
+        if isinstance(self.teacher, nn.Module | FrozenEstimator):
+            return
+        check_classifier("teacher", self.teacher)
+        frozen = frozen_part(self.teacher)
+        if frozen:
+            raise ValueError(
+                f"teacher cannot be refitted for out-of-fold targets: {frozen}. If it was fitted on other rows than "
+                "these, freeze it as a whole, a Pipeline too: FrozenEstimator(teacher)"
+            )
 
     def _make_trainer(self, inputs, n_classes, rng):
         """Student and trainer. Made before the teacher is fitted, which may take long, to find errors first."""
@@ -215,6 +265,14 @@ class DistilledClassifier(ClassifierMixin, BaseEstimator):
                 "student must be a torch module or a function of (n_features, n_classes) that makes one, got "
                 f"{type(self.student).__name__}"
             )
+        try:
+            inspect.signature(self.student).bind(n_features, n_classes)
+        except TypeError as error:
+            name = getattr(self.student, "__name__", type(self.student).__name__)
+            raise TypeError(
+                "student must be a torch module, such as MyNet(), or a function of (n_features, n_classes) that makes "
+                f"one; {name} does not take these two: {error}"
+            ) from error
         student = self.student(n_features, n_classes)
         if not isinstance(student, nn.Module):
             raise TypeError(f"student(n_features, n_classes) must give a torch module, got {type(student).__name__}")
@@ -233,7 +291,7 @@ class DistilledClassifier(ClassifierMixin, BaseEstimator):
 
 def _fit_teacher(teacher, rows, y, cv):
     targets = soft_targets(teacher, rows, y, cv=cv)
-    return teacher.fit(rows, y), targets
+    return for_labels(teacher, np.unique(y)).fit(rows, y), targets
 
 
 def _seed(teacher, rng):
@@ -288,17 +346,7 @@ def _check_prefit(teacher, targets, classes):
                 f"{tuple(targets.shape)}"
             )
     elif not np.array_equal(teacher.classes_, classes):
-        fitted = np.asarray(teacher.classes_).tolist()
-        raise ValueError(f"teacher must have the classes of y, {classes.tolist()}; it was fitted on {fitted}")
-
-
-def _check_finite(history, learning_rate):
-    for record in history:
-        if not np.isfinite(record.train.loss):
-            raise ValueError(
-                f"the student's loss is {record.train.loss} in epoch {record.epoch}: scale the features "
-                f"(StandardScaler), or lower learning_rate, which is {learning_rate}"
-            )
+        raise other_classes("teacher", teacher.classes_, classes)
 
 
 def _count(name, value) -> int:

@@ -5,13 +5,17 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from pydistill.losses import DistillationLoss
+from pydistill.store import TeacherStore
+from pydistill.targets import SoftTargets
 
 try:
     from skorch import NeuralNetClassifier
-    from skorch.utils import to_tensor
+    from skorch.dataset import Dataset as SkorchDataset
+    from skorch.utils import data_from_dataset, is_skorch_dataset, to_tensor
 except ImportError as error:
     raise ImportError("pydistill.skorch needs skorch: pip install 'pydistill-kd[skorch]'") from error
 
@@ -24,7 +28,10 @@ class DistilledNeuralNetClassifier(NeuralNetClassifier):
     ``fit(X, y, teacher=targets)`` takes the teacher's outputs for the rows of X beside the labels, which stay what
     skorch and scikit-learn expect. Each batch, of the training and of the validation split, gets its own rows of them.
     Prediction knows no teacher. In a Pipeline it is ``pipeline.fit(X, y, net__teacher=targets)``; a search and
-    ``cross_val_score(..., params={"teacher": targets})`` split the targets like X.
+    ``cross_val_score(..., params={"teacher": targets})`` split the targets like X. Sample weights are not supported.
+
+    Validation rows that are not rows of X, as ``predefined_split(valid)`` gives them, have no targets: a
+    DistillationLoss scores them on their labels (alpha = 0).
 
     Args:
         module: maps inputs to logits ``(rows, C)``, without a softmax; ``predict_proba`` applies it.
@@ -58,19 +65,26 @@ class DistilledNeuralNetClassifier(NeuralNetClassifier):
         Args:
             X: inputs, in any form that skorch takes.
             y: labels, int64; None where X is a Dataset that holds them.
-            teacher: the teacher's outputs for the rows of X: SoftTargets, logits ``(N, C)`` as a tensor or array, or
-                whatever else gives targets for ``teacher[rows]``. None only for ``criterion__alpha=0``.
+            teacher: the teacher's outputs for the rows of X: SoftTargets, a TeacherStore, or logits ``(N, C)`` as a
+                tensor or array. None only for ``criterion__alpha=0``.
             **fit_params: go to the module's forward and to the train_split, as in skorch.
 
         Raises:
-            ValueError: a teacher with another number of rows; rows of validation data that did not come from X, as
-                ``predefined_split`` gives them. And what the loss raises.
+            TypeError: a teacher that is no outputs, but what makes them.
+            ValueError: a teacher with another number of rows; a train_split whose training rows are not rows of X. And
+                what the loss raises.
         """
         return super().fit(X, y, teacher=teacher, **fit_params)
 
     def fit_loop(self, X, y=None, epochs=None, teacher=None, **fit_params):
         """As in skorch, with ``teacher`` as in :meth:`fit`."""
         teacher = torch.from_numpy(teacher) if isinstance(teacher, np.ndarray) else teacher
+        if teacher is not None and not isinstance(teacher, SoftTargets | TeacherStore | Tensor):
+            raise TypeError(
+                "teacher must be its outputs for the rows of X: SoftTargets, a TeacherStore, or logits as a tensor or "
+                f"array; got {type(teacher).__name__}. pydistill.teachers makes them: soft_targets(estimator, X, y) of "
+                "a classifier, teacher_outputs(module, X) of a torch module"
+            )
         return super().fit_loop(X, y, epochs, teacher=teacher, **fit_params)
 
     def get_split_datasets(self, X, y=None, teacher=None, **fit_params):
@@ -80,10 +94,13 @@ class DistilledNeuralNetClassifier(NeuralNetClassifier):
         dataset = self.get_dataset(X, y)
         if len(teacher) != len(dataset):
             raise ValueError(f"teacher must have the {len(dataset)} rows of X, got {len(teacher)}")
-        return super().get_split_datasets(_Numbered(dataset), y, **fit_params)
+        numbered = _NumberedData if is_skorch_dataset(dataset) else _Numbered
+        return super().get_split_datasets(numbered(dataset), y, **fit_params)
 
     def train_step(self, batch, teacher=None, **fit_params):
         """One step on a batch and its rows of the teacher."""
+        if teacher is not None and not isinstance(batch[0], _Row):
+            raise ValueError("train_split must take its training rows from X: the teacher has no outputs for others")
         return super().train_step(_with_targets(batch, teacher), **fit_params)
 
     def validation_step(self, batch, teacher=None, **fit_params):
@@ -97,7 +114,9 @@ class DistilledNeuralNetClassifier(NeuralNetClassifier):
     def get_loss(self, y_pred, y_true, X=None, training=False):
         """The criterion of logits, the batch's targets, and labels."""
         targets = X.targets if isinstance(X, _Taught) else None
-        return self.criterion_(y_pred, targets, to_tensor(y_true, device=self.device))
+        unknown = targets is None and not training and isinstance(self.criterion_, DistillationLoss)
+        options = {"alpha": 0.0} if unknown else {}
+        return self.criterion_(y_pred, targets, to_tensor(y_true, device=self.device), **options)
 
 
 class _Row(NamedTuple):
@@ -126,13 +145,17 @@ class _Numbered(Dataset):
         return _Row(inputs, int(row)), label
 
 
+class _NumberedData(_Numbered, SkorchDataset):
+    """One whose X and y skorch's scoring callbacks find: they look for them in datasets of skorch's own class."""
+
+    def __init__(self, dataset):
+        super().__init__(dataset)
+        self.X, self.y = data_from_dataset(dataset)
+
+
 def _with_targets(batch, teacher):
-    if teacher is None:
+    """The batch with its rows of the teacher; as it is where there is none, or none for these rows."""
+    if teacher is None or not isinstance(batch[0], _Row):
         return batch
     inputs, labels = batch
-    if not isinstance(inputs, _Row):
-        raise ValueError(
-            "teacher has no outputs for validation rows that are not rows of X: use a train_split that splits X, as "
-            "skorch's ValidSplit does, or None"
-        )
     return _Taught(inputs.inputs, teacher[inputs.row]), labels

@@ -6,8 +6,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pydistill.estimators import check_classifier, for_labels, frozen_part, is_a, other_classes
 from pydistill.modules import float_dtype, mode
-from pydistill.soft_targets import SoftTargets
+from pydistill.targets import SoftTargets
 
 # Their decision values are logits: the softmax of them (of [0, d] for one column d) is predict_proba. Not so for
 # SVC, whose decision values are distances or votes, nor for AdaBoost, whose are scaled.
@@ -31,7 +32,7 @@ def soft_targets(estimator, X, y, *, cv=5, in_sample=False) -> SoftTargets:
     The targets are logits where the classifier has them: the decision values of logistic regression, linear
     discriminant analysis and (Hist)GradientBoosting, the margins of XGBClassifier. Everything else gives
     ``log(predict_proba)``; an SVC's decision values are not logits. Of a Pipeline the last step decides, of a fitted
-    search its best estimator.
+    search its best estimator. XGBClassifier, which takes no labels but 0, 1, ..., is fitted on their codes.
 
     A forest or BaggingClassifier made with ``oob_score=True`` is fitted once, on all rows, and a row's targets are
     those of the trees that did not see it; ``cv`` is not used then. Within a Pipeline the preprocessing would have
@@ -50,10 +51,12 @@ def soft_targets(estimator, X, y, *, cv=5, in_sample=False) -> SoftTargets:
         the estimator's ``classes_``.
 
     Raises:
-        ValueError: an estimator without predict_proba, or frozen; X and y of different lengths; y that is not 1-D or
-            holds one class; a class with fewer rows than folds, or missing from a fold's training rows; a ``cv`` that
-            does not hold out each row once; rows that were never out of bag; with ``in_sample`` an estimator whose
-            classes are not those of y. And what the estimator raises.
+        ValueError: an estimator without predict_proba once it is fitted; one that is frozen or holds a frozen
+            classifier, which cannot be refitted; X and y of different lengths; y that is not 1-D or holds one class; a
+            class with fewer rows than folds, or missing from a fold's training rows; a ``cv`` that does not hold out
+            each row once; rows that were never out of bag; with ``in_sample`` an estimator whose classes are not those
+            of y. And what the estimator raises.
+        TypeError: an estimator that is a class, a torch module or no classifier at all; X without rows.
 
     Example:
         >>> from sklearn.datasets import load_iris
@@ -64,20 +67,21 @@ def soft_targets(estimator, X, y, *, cv=5, in_sample=False) -> SoftTargets:
         >>> targets, float((targets.logits.argmax(-1).numpy() == y).mean()) > 0.9
         (SoftTargets(shape=(150, 3), dtype=torch.float32), True)
     """
-    _check_classifier(estimator)
+    check_classifier("estimator", estimator)
     X, y, classes = _check_rows(X, y)
+    frozen = None if in_sample else frozen_part(estimator)
+    if frozen:
+        raise ValueError(
+            f"estimator cannot be refitted for out-of-fold targets: {frozen}. For rows that it was not fitted on use "
+            "pydistill.teachers.teacher_outputs(estimator, X); in_sample=True takes its outputs for these"
+        )
     if in_sample:
         warnings.warn(_IN_SAMPLE, UserWarning, stacklevel=2)
-        logits = _in_columns(_logits(estimator, X), estimator, classes)
-    elif _is_frozen(estimator):
-        raise ValueError(
-            "estimator is frozen, so that it cannot be refitted for out-of-fold targets. For rows that it was not "
-            "fitted on use pydistill.teachers.teacher_outputs(estimator, X); in_sample=True takes its outputs for these"
-        )
-    elif getattr(estimator, "oob_score", False):
+        return _as_targets(_in_columns(_logits(estimator, X), estimator, classes))
+    if getattr(estimator, "oob_score", False):
         logits = _out_of_bag(estimator, X, y, classes)
     else:
-        logits = _out_of_fold(estimator, X, y, classes, cv)
+        logits = _out_of_fold(for_labels(estimator, classes), X, y, classes, cv)
     return _as_targets(logits)
 
 
@@ -90,8 +94,8 @@ def teacher_outputs(teacher, X, *, batch_size=256) -> SoftTargets:
         teacher: a fitted classifier, whose outputs are taken as in :func:`soft_targets`; or a torch module that maps
             inputs to logits ``(rows, ..., C)``. It runs in eval mode under ``torch.inference_mode()``; each of its
             submodules gets its own mode back.
-        X: what the teacher takes. For a module a tensor, which is passed on as it is, or an array, whose floats get the
-            dtype of the module's. Nothing is moved between devices.
+        X: what the teacher takes. For a module a tensor or an array, whose floats get the dtype of the module's.
+            Nothing is moved between devices.
         batch_size: rows per batch of a module. A classifier gets all rows at once.
 
     Returns:
@@ -100,7 +104,8 @@ def teacher_outputs(teacher, X, *, batch_size=256) -> SoftTargets:
 
     Raises:
         ValueError: no rows, batch_size below 1, a classifier without predict_proba, outputs that hold NaN.
-        TypeError: a module that gives something else than a floating-point tensor with a row per input.
+        TypeError: a module that gives something else than a floating-point tensor with a row per input; a teacher that
+            is a class, or no classifier at all; X that is neither a tensor nor an array, such as a DataLoader.
 
     Example:
         >>> import torch
@@ -113,9 +118,8 @@ def teacher_outputs(teacher, X, *, batch_size=256) -> SoftTargets:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     if isinstance(teacher, torch.nn.Module):
         return _as_targets(_module_logits(teacher, X, batch_size))
-    _check_classifier(teacher)
-    X = X if hasattr(X, "shape") else np.asarray(X)
-    return _as_targets(_logits(teacher, X))
+    check_classifier("teacher", teacher)
+    return _as_targets(_logits(teacher, _as_rows(X)))
 
 
 def _out_of_fold(estimator, X, y, classes, cv):
@@ -153,7 +157,7 @@ def _splits(X, y, classes, cv):
         if counts.min() < folds.n_splits:
             raise ValueError(
                 f"y must hold at least {folds.n_splits} rows of each class, one for each fold; it holds {counts.min()} "
-                f"of class {classes[counts.argmin()]!r}. Use fewer folds (cv=)"
+                f"of class {classes.tolist()[counts.argmin()]!r}. Use fewer folds (cv=)"
             )
     splits = list(folds.split(X, y))
     held_out = np.sort(np.concatenate([test for _, test in splits]))
@@ -168,7 +172,8 @@ def _splits(X, y, classes, cv):
         missing = np.setdiff1d(classes, y[train])
         if missing.size:
             raise ValueError(
-                f"cv must leave every class in the training rows; fold {number} has none of class {missing[0]!r}"
+                f"cv must leave every class in the training rows; fold {number} has none of class "
+                f"{missing.tolist()[0]!r}"
             )
     return splits
 
@@ -185,10 +190,13 @@ def _logits(estimator, X) -> Tensor:
         return _logits(estimator.estimator, X)
     if hasattr(estimator, "best_estimator_"):
         return _logits(estimator.best_estimator_, X)
-    if _is_a(estimator, "xgboost", "XGBClassifier") and estimator.objective in _XGBOOST_LOGITS:
+    if is_a(estimator, "pydistill", "OnLabelCodes"):
+        return _logits(estimator.estimator_, X)
+    if is_a(estimator, "xgboost", "XGBClassifier") and estimator.objective in _XGBOOST_LOGITS:
         return _expand(estimator.predict(X, output_margin=True))
     if _has_logits(estimator):
         return _expand(estimator.decision_function(X))
+    _check_probabilities(estimator)
     probs = estimator.predict_proba(X)
     if isinstance(probs, list):
         raise ValueError(f"the teacher must have one output, got a {type(estimator).__name__} with {len(probs)}")
@@ -196,14 +204,9 @@ def _logits(estimator, X) -> Tensor:
 
 
 def _has_logits(estimator):
-    if _is_a(estimator, "sklearn", "GradientBoostingClassifier") and estimator.loss != "log_loss":
+    if is_a(estimator, "sklearn", "GradientBoostingClassifier") and estimator.loss != "log_loss":
         return False
-    return any(_is_a(estimator, "sklearn", name) for name in _LOGIT_CLASSES)
-
-
-def _is_a(estimator, package, name) -> bool:
-    """Whether it is of this class or derives from it, without importing the package."""
-    return any(c.__name__ == name and c.__module__.split(".")[0] == package for c in type(estimator).__mro__)
+    return any(is_a(estimator, "sklearn", name) for name in _LOGIT_CLASSES)
 
 
 def _expand(scores) -> Tensor:
@@ -221,26 +224,22 @@ def _in_columns(logits, estimator, classes) -> Tensor:
     have, want = np.asarray(estimator.classes_).tolist(), classes.tolist()
     if have == want:
         return logits
-    if sorted(have) != want:
-        raise ValueError(f"estimator must have the classes of y, {_few(want)}; it has {_few(have)}")
+    if set(have) != set(want):
+        raise other_classes("estimator", have, want)
     return logits[:, [have.index(c) for c in want]]
 
 
-def _few(classes) -> str:
-    return repr(classes) if len(classes) <= 10 else f"{str(classes[:10])[:-1]}, ...] ({len(classes)})"
-
-
 def _module_logits(module, X, batch_size) -> Tensor:
-    X = X if isinstance(X, Tensor) else np.asarray(X)  # a memory map stays one
+    X = X if isinstance(X, Tensor) else np.asarray(_as_rows(X))  # a memory map stays one
     if X.ndim == 0 or not len(X):
         raise ValueError(f"X must hold at least one row, got shape {tuple(X.shape)}")
     dtype = float_dtype(module, torch.float32)
     logits = None
     with mode(module, training=False):
         for start in range(0, len(X), batch_size):
-            rows = X[start : start + batch_size]
+            rows = _as_tensor(X[start : start + batch_size], dtype)
             with torch.inference_mode():
-                outputs = module(rows if isinstance(rows, Tensor) else _as_tensor(rows, dtype))
+                outputs = module(rows)
             _check_outputs(outputs, len(rows))
             if logits is None:  # a tensor made in inference mode could not be trained with; copying into this one can
                 logits = torch.empty(len(X), *outputs.shape[1:])
@@ -249,8 +248,21 @@ def _module_logits(module, X, batch_size) -> Tensor:
     return logits
 
 
-def _as_tensor(array, dtype) -> Tensor:
-    tensor = torch.tensor(array)
+def _as_rows(X):
+    """X, or a list of rows as an array."""
+    if hasattr(X, "shape"):
+        return X
+    rows = np.asarray(X)
+    if rows.ndim == 0:
+        raise TypeError(
+            f"X must be a tensor or an array with a row per item, got {type(X).__name__}; of a DataLoader concatenate "
+            "the inputs: torch.cat([batch[0] for batch in loader])"
+        )
+    return rows
+
+
+def _as_tensor(rows, dtype) -> Tensor:
+    tensor = rows if isinstance(rows, Tensor) else torch.tensor(rows)
     return tensor.to(dtype) if tensor.is_floating_point() else tensor
 
 
@@ -278,28 +290,23 @@ def _as_targets(logits) -> SoftTargets:
     return SoftTargets.from_log_probs(logits)  # logits are log-probabilities but for a constant per row; sees -inf
 
 
-def _check_classifier(estimator):
-    name = type(estimator).__name__
-    if isinstance(estimator, torch.nn.Module):
-        raise TypeError(
-            f"estimator must be a classifier that can be refitted, got the torch module {name}. For rows that it was "
-            "not trained on use pydistill.teachers.teacher_outputs(module, X)"
-        )
-    try:
-        import sklearn  # noqa: F401
-    except ImportError as error:
-        raise ImportError("pydistill.teachers needs scikit-learn: pip install 'pydistill-kd[sklearn]'") from error
-    if not hasattr(estimator, "predict_proba"):
-        raise ValueError(
-            f"the teacher must have predict_proba, got {name} without it; its decision values, if any, are no logits. "
-            "Calibrate it: sklearn.calibration.CalibratedClassifierCV(estimator, ensemble=False)"
-        )
+def _check_probabilities(estimator):
+    from sklearn.utils.validation import check_is_fitted
+
+    if hasattr(estimator, "predict_proba"):
+        return
+    check_is_fitted(estimator)  # a StackingClassifier has it from then on
+    raise ValueError(
+        f"the teacher must have predict_proba, got {type(estimator).__name__} without it; its decision values, if any, "
+        "are no logits. Calibrate it: sklearn.calibration.CalibratedClassifierCV(estimator, ensemble=False)"
+    )
 
 
 def _check_rows(X, y):
     from sklearn.utils.multiclass import check_classification_targets
 
-    X, y = X if hasattr(X, "shape") else np.asarray(X), np.asarray(y)
+    X, y = _as_rows(X), np.asarray(y)
+    X = X.tocsr() if hasattr(X, "tocsr") else X  # of the sparse forms not all have rows to take
     if y.ndim != 1:
         raise ValueError(f"y must be 1-D, a label per row; got shape {y.shape}")
     if X.shape[0] != len(y):
@@ -309,15 +316,6 @@ def _check_rows(X, y):
     if len(classes) < 2:
         raise ValueError(f"y must hold at least two classes, got {classes.tolist()}")
     return X, y, classes
-
-
-def _is_frozen(estimator) -> bool:
-    from sklearn.frozen import FrozenEstimator
-    from sklearn.pipeline import Pipeline
-
-    if isinstance(estimator, Pipeline):
-        return _is_frozen(estimator[-1])
-    return isinstance(estimator, FrozenEstimator)
 
 
 def _take(X, rows):

@@ -5,6 +5,7 @@ import math
 import time
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -15,8 +16,18 @@ from pydistill.data import batch_count, batches, describe, prepare, row_count
 from pydistill.history import EpochRecord, History, Scores, Totals
 from pydistill.losses import DistillationLoss
 from pydistill.modules import float_dtype, mode
-from pydistill.soft_targets import SoftTargets
 from pydistill.store import TeacherStore
+from pydistill.targets import SoftTargets
+from pydistill.training_checks import (
+    about,
+    check_count,
+    check_lone_row,
+    check_optimizer,
+    check_weights,
+    has_lone_last_row,
+    no_batch,
+    not_finite,
+)
 
 # Multiply-adds of a step, about: parameters * rows. Two threads lost to one everywhere below this on a busy
 # machine, by up to a factor of 10 for the smallest steps; above it a step lasts long enough for a second
@@ -28,6 +39,7 @@ _SMALL_STEP = 10_000_000
 class _Run:
     """Where a call of fit stands: all that a checkpoint holds besides student, optimizer, scheduler and callbacks."""
 
+    epochs: int  # asked for
     epoch: int = 1
     batch: int = 0  # done in this epoch
     one_thread: bool | None = None  # told by the first batch of all, for the bits depend on it
@@ -67,7 +79,8 @@ class Trainer:
     **Checkpoints** hold student, optimizer, scheduler, callbacks, loss numbers, history and torch's random state.
     A run that was killed at any moment and is started again with ``resume=True`` ends with the same weights to the
     bit, if student and data take their randomness from torch's generator on the CPU, on the same machine and
-    number of threads. A damaged file is warned of, and the one before it used.
+    number of threads. A damaged file is warned of, and the one before it used. No checkpoint holds weights that are
+    not finite.
 
     Args:
         student: a module that maps inputs to logits ``(..., C)``.
@@ -76,7 +89,7 @@ class Trainer:
             LossMetrics)``. Default: ``DistillationLoss()``.
         teacher: a module that maps inputs to logits ``(..., C)``; it runs in eval mode and without gradients. Or
             :class:`SoftTargets` or a ``TeacherStore`` with a row per row of ``train``, which must then be in memory
-            or a Dataset; validation data without targets are scored on their labels.
+            or a Dataset.
         optimizer: a torch optimizer of the student's parameters. Default: ``Adam(fused=True, lr=1e-3)``. It
             keeps its state between calls of ``fit``.
         scheduler: a torch learning-rate scheduler of this optimizer; stepped once after each epoch
@@ -97,11 +110,13 @@ class Trainer:
         checkpoint_every: optimizer steps between checkpoints, besides the one after each epoch; None: no others.
 
     Attributes:
-        stop: set it to end ``fit`` after the running epoch.
+        stop: set it to end ``fit`` after the running epoch. The run is then over: a resume returns its history, unless
+            it asks for more epochs. To pause one, interrupt it.
 
     Raises:
-        TypeError: student or teacher is not a module.
-        ValueError: a loss whose reduction is not "mean"; a scheduler without its optimizer; a number out of range.
+        TypeError: student or teacher is not a module, optimizer not an optimizer.
+        ValueError: a loss whose reduction is not "mean"; an optimizer of another model; a scheduler without its
+            optimizer; a number out of range.
 
     Example:
         >>> import torch, pydistill
@@ -157,16 +172,17 @@ class Trainer:
             raise ValueError("scheduler must come with the optimizer that it was made for: pass optimizer= too")
         if optimizer is None:
             optimizer = torch.optim.Adam(student.parameters(), lr=1e-3, fused=True)
+        check_optimizer(optimizer, student)
         for name in schedules or ():
             if not hasattr(loss, name) or not callable(schedules[name]):
                 raise ValueError(f"schedules must map options of the loss to functions of the epoch; got {name!r}")
-        _check_count("accumulate", accumulate)
+        check_count("accumulate", accumulate)
         if clip_norm is not None and not clip_norm > 0:
             raise ValueError(f"clip_norm must be positive, got {clip_norm!r}")
         if autocast not in (None, torch.bfloat16):
             raise ValueError(f"autocast must be None or torch.bfloat16, got {autocast!r}")
         if checkpoint_every is not None:
-            _check_count("checkpoint_every", checkpoint_every)
+            check_count("checkpoint_every", checkpoint_every)
             if checkpoint_dir is None:
                 raise ValueError("checkpoint_every needs checkpoint_dir, the folder to write to")
         self.student, self.loss, self.teacher = student, loss, teacher
@@ -183,7 +199,9 @@ class Trainer:
         Args:
             train: data, in one of the forms above. Rows in memory or of a Dataset are shuffled for each epoch; an
                 iterable comes in its own order. The last batch may be smaller.
-            val: data to evaluate after each epoch, or None.
+            val: data to evaluate after each epoch, or None. Without targets, and without a teacher module to make
+                them, a DistillationLoss scores them on their labels (alpha = 0). Their first batch is tried before
+                the training, so that data which do not fit cost no epoch (not of an iterator, which would lose it).
             epochs: how many, at least 1; with ``resume`` those before the interruption count.
             batch_size: rows per batch; iterables bring their own.
             resume: go on from the newest whole checkpoint in ``checkpoint_dir``, if there is one.
@@ -194,15 +212,23 @@ class Trainer:
         Raises:
             TypeError, ValueError: data of another form, columns of different lengths, no rows, inputs that are not
                 finite, epochs or batch_size below 1; a resume from the checkpoints of another model, data or
-                batch_size, or of none that is whole; a new run into a folder with checkpoints; what the loss raises.
+                batch_size, or of none that is whole; a new run into a folder with checkpoints; a last batch of one
+                row for a student with BatchNorm; a loss or weights that are no longer finite (before such a step, or
+                before a checkpoint is written); what the loss raises.
             OSError: a checkpoint could not be written; the ones before are whole.
         """
-        _check_count("epochs", epochs)
-        _check_count("batch_size", batch_size)
+        check_count("epochs", epochs)
+        check_count("batch_size", batch_size)
         dtype = float_dtype(self.student, torch.float32)
         train = prepare("train", train, dtype)
         val = None if val is None else prepare("val", val, dtype)
         self._check_teacher_rows(train)
+        if has_lone_last_row(train, batch_size):
+            rows, columns = next(batches(train, 1, shuffle=False))
+            check_lone_row(self.student, self._columns(columns, rows)[0], row_count(train), batch_size)
+        if val is not None and batch_count(val, batch_size) is not None:
+            with torch.random.fork_rng(devices=[]):
+                self._evaluate("val", val, batch_size, most=1)
         setup = {"rows": row_count(train), "batch_size": batch_size, "accumulate": self.accumulate, "seed": self.seed}
         self.stop = False
         for callback in self.callbacks:
@@ -215,7 +241,7 @@ class Trainer:
             _seeded(self.seed),
             _progress_bar(self.progress, count and epochs * count) as bar,
         ):
-            run = self._first_or_resumed(resume, setup)
+            run = self._first_or_resumed(resume, setup, epochs)
             if bar is not None:
                 bar.update((run.epoch - 1) * (count or 0) + run.batch)
             if run.one_thread:
@@ -227,8 +253,9 @@ class Trainer:
                 self._train_epoch(train, batch_size, run, setup, bar)
                 trained = run.totals.scores()
                 if trained is None:
-                    raise ValueError(_no_batch("train", run.epoch))
-                validated = None if val is None else self._evaluate("val", val, batch_size, run.epoch)
+                    raise ValueError(no_batch("train", run.epoch))
+                check_weights(self.student, self.loss, run.epoch, run.steps)
+                validated = None if val is None else self._validate(val, batch_size, run, setup)
                 record = EpochRecord(run.epoch, trained, validated, time.perf_counter() - start)
                 self._step_scheduler(record)
                 run.history.append(record)
@@ -255,7 +282,7 @@ class Trainer:
         Raises:
             TypeError, ValueError: as for :meth:`fit`.
         """
-        _check_count("batch_size", batch_size)
+        check_count("batch_size", batch_size)
         dtype = float_dtype(self.student, torch.float32)
         return self._evaluate("data", prepare("data", data, dtype), batch_size)
 
@@ -271,7 +298,7 @@ class Trainer:
         Raises:
             ValueError: an iterable without batches, or batch_size below 1.
         """
-        _check_count("batch_size", batch_size)
+        check_count("batch_size", batch_size)
         if hasattr(inputs, "__array__") and len(inputs):
             dtype = float_dtype(self.student, torch.float32)
             inputs = prepare("inputs", (inputs,), dtype)[0]
@@ -297,19 +324,22 @@ class Trainer:
                 run.one_thread = self._is_small_step(columns[0][0])
                 if run.one_thread:
                     torch.set_num_threads(1)
-            self._step(columns, run.totals)
+            self._step(columns, run)
             run.batch += len(group)
             run.steps += 1
             if bar is not None:
                 bar.update(len(group))
             if self.checkpoint_every is not None and run.steps % self.checkpoint_every == 0:
+                check_weights(self.student, self.loss, run.epoch, run.steps)
                 self._save(run, setup)
 
-    def _step(self, group, totals):
+    def _step(self, group, run):
         """One optimizer step on the batches of a group, whose loss is that of one batch of all their rows."""
         parts = len(group)
         whole = self._num_items(group) if parts > 1 and isinstance(self.loss, DistillationLoss) else None
-        self.optimizer.zero_grad()
+        for parameters in self.optimizer.param_groups:  # as zero_grad, which took 8 of a small step's 350 us
+            for parameter in parameters["params"]:
+                parameter.grad = None
         for inputs, targets, labels, weight in group:
             options = {} if weight is None else {"sample_weight": weight}
             if whole is not None:
@@ -322,7 +352,9 @@ class Trainer:
             loss, metrics = self.loss(logits, targets, labels, return_metrics=True, **options)
             (loss if whole is not None or parts == 1 else loss / parts).backward()
             of_whole = {} if whole is None else {"parts": parts, "rows": math.prod(logits.shape[:-1])}
-            totals.add(loss.detach(), metrics, self._labelled(labels, weight), **of_whole)
+            run.totals.add(loss.detach(), metrics, self._labelled(labels, weight), **of_whole)
+        if not math.isfinite(run.totals.sums[0]):
+            raise not_finite("the loss", self.loss, run.epoch, run.steps + 1)
         if self.clip_norm is not None:
             torch.nn.utils.clip_grad_norm_(self.student.parameters(), self.clip_norm)
         self.optimizer.step()
@@ -342,20 +374,31 @@ class Trainer:
             hard += float((weight * labelled).sum())
         return soft or 1.0, hard or 1.0
 
+    def _validate(self, val, batch_size, run, setup) -> Scores:
+        """The scores after an epoch, whose training is not lost if they cannot be had."""
+        try:
+            with torch.random.fork_rng(devices=[]):  # the saved state is that at the end of the training
+                return self._evaluate("val", val, batch_size, run.epoch)
+        except BaseException:
+            if self.checkpoint_dir is not None:
+                self._save(run, setup)
+            raise
+
     @torch.no_grad()
-    def _evaluate(self, name, data, batch_size, epoch=1) -> Scores:
+    def _evaluate(self, name, data, batch_size, epoch=1, most=None) -> Scores:
+        """The scores of all batches, or of so many as ``most``."""
         totals = Totals()
-        with mode(self.student, training=False):
-            for _, columns in batches(data, batch_size, shuffle=False):
+        with mode(self.student, training=False), about(name):
+            for _, columns in islice(batches(data, batch_size, shuffle=False), most):
                 inputs, targets, labels, weight = self._columns(columns)
                 options = {} if weight is None else {"sample_weight": weight}
-                if targets is None and self._teacher_rows:  # the teacher knows the training rows only
+                if targets is None and isinstance(self.loss, DistillationLoss):
                     options["alpha"] = 0.0
                 loss, metrics = self.loss(self.student(inputs), targets, labels, return_metrics=True, **options)
                 totals.add(loss, metrics, self._labelled(labels, weight))
         scores = totals.scores()
         if scores is None:
-            raise ValueError(_no_batch(name, epoch))
+            raise ValueError(no_batch(name, epoch))
         return scores
 
     def _columns(self, columns, rows=None):
@@ -429,7 +472,7 @@ class Trainer:
             },
             "totals": [run.totals.batches, run.totals.sums, run.totals.rows],
             "history": run.history,
-            "stop": self.stop and run.batch == 0,  # it ends fit after a whole epoch
+            "stopped": run.epochs if self.stop and run.batch == 0 else None,  # stop ends fit after a whole epoch
             "random": torch.get_rng_state(),
             "student": dict(self.student.state_dict()),
             "optimizer": self.optimizer.state_dict(),
@@ -439,21 +482,21 @@ class Trainer:
         }
         checkpoint.save(self.checkpoint_dir, run.number, state)
 
-    def _first_or_resumed(self, resume, setup) -> _Run:
+    def _first_or_resumed(self, resume, setup, epochs) -> _Run:
         if self.checkpoint_dir is None:
             if resume:
                 raise ValueError("resume=True needs checkpoint_dir, the folder with the checkpoints")
-            return _Run()
+            return _Run(epochs)
         if not resume:
             if checkpoint.found(self.checkpoint_dir):
                 raise ValueError(
                     f"checkpoint_dir {self.checkpoint_dir} holds checkpoints of an earlier run: pass resume=True to go "
                     "on from them, or another folder"
                 )
-            return _Run()
+            return _Run(epochs)
         state = checkpoint.load_newest(self.checkpoint_dir)
         if state is None:
-            return _Run()
+            return _Run(epochs)
         for name, value in setup.items():
             if state["setup"][name] != value:
                 raise ValueError(f"resume: the checkpoint was made with {name}={state['setup'][name]}, got {value}")
@@ -470,13 +513,13 @@ class Trainer:
         for name, value in state["loss"].items():
             if value is not None:
                 setattr(self.loss, name, value)
-        self.stop = state["stop"]
+        self.stop = state["stopped"] is not None and epochs <= state["stopped"]
         torch.set_rng_state(state["random"])
         history = History(
             EpochRecord(epoch, Scores(*train), None if val is None else Scores(*val), seconds)
             for epoch, train, val, seconds in state["history"]
         )
-        return _Run(**state["run"], totals=Totals(*state["totals"]), history=history, random=state["random"])
+        return _Run(epochs, **state["run"], totals=Totals(*state["totals"]), history=history, random=state["random"])
 
 
 def _without_targets(columns):
@@ -513,18 +556,6 @@ def _shown(record):
     shown = {"epoch": record.epoch, "loss": train.loss, "soft": train.soft_loss, "hard": train.hard_loss}
     best = record.val or train
     return shown | {"accuracy": best.accuracy, "agreement": best.agreement}
-
-
-def _check_count(name, value):
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an integer, got {value!r}")
-    if value < 1:
-        raise ValueError(f"{name} must be at least 1, got {value}")
-
-
-def _no_batch(name, epoch) -> str:
-    hint = "; an iterator runs out after one epoch: pass a DataLoader or a list" if epoch > 1 else ""
-    return f"{name} must give at least one batch, got none in epoch {epoch}{hint}"
 
 
 def _is_labels(column) -> bool:

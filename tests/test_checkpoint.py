@@ -177,6 +177,72 @@ def test_an_early_stop_stays_stopped(tmp_path, data):
     assert torch.equal(weights(again), weights(first))
 
 
+def test_more_epochs_go_on_after_a_stop(tmp_path, data):
+    def stop(trainer, record):
+        trainer.stop = record.epoch == 2
+
+    whole = trainer_in(tmp_path / "whole")
+    whole.fit(data, epochs=5)
+    assert len(trainer_in(tmp_path / "stopped", callbacks=[stop]).fit(data, epochs=4)) == 2
+    assert len(trainer_in(tmp_path / "stopped", callbacks=[stop]).fit(data, epochs=4, resume=True)) == 2
+    longer = trainer_in(tmp_path / "stopped", callbacks=[stop])
+    assert len(longer.fit(data, epochs=5, resume=True)) == 5
+    assert torch.equal(weights(longer), weights(whole))
+
+
+class Failing(torch.utils.data.Dataset):
+    """Items that cannot be read from the second pass on, unless ``mended``."""
+
+    def __init__(self, data):
+        self.data, self.reads, self.mended = data, 0, False
+
+    def __len__(self):
+        return 40
+
+    def __getitem__(self, row):
+        self.reads += 1
+        if self.reads > 60 and not self.mended:  # 10 are tried before the training
+            raise RuntimeError("the disk is gone")
+        return tuple(column[row] for column in self.data)
+
+
+def test_a_validation_that_fails_does_not_lose_the_epoch(tmp_path, data):
+    val = Failing(data)
+    whole = trainer_in(tmp_path / "whole")
+    loader = torch.utils.data.DataLoader(val, batch_size=10, shuffle=True)  # takes from torch's random numbers
+    val.mended = True
+    whole.fit(data, loader, epochs=4, batch_size=16)
+    val.reads, val.mended = 0, False
+    with pytest.raises(RuntimeError, match="the disk is gone"):
+        trainer_in(tmp_path / "failed").fit(data, loader, epochs=4, batch_size=16)
+    assert checkpoint.load_newest(tmp_path / "failed")["run"]["batch"] == 3  # all of the second epoch
+    val.mended = True
+    resumed = trainer_in(tmp_path / "failed")
+    assert len(resumed.fit(data, loader, epochs=4, batch_size=16, resume=True)) == 4
+    assert torch.equal(weights(resumed), weights(whole))
+
+
+@pytest.mark.parametrize("every", [None, 1])
+def test_the_last_finite_checkpoint_stays(tmp_path, data, every):
+    class Breaks(torch.nn.Linear):
+        """Finite outputs with a gradient of NaN, in the last of the 6 steps."""
+
+        calls = 0
+
+        def forward(self, x):
+            self.calls += 1
+            root = (self.weight.sum() * 0).sqrt() if self.calls == 6 else 0.0
+            return super().forward(x) + root
+
+    trainer = trainer_in(tmp_path, Breaks(5, 3), checkpoint_every=every)
+    with pytest.raises(ValueError, match=r"weights must stay finite.*in epoch 2, step 6, under DistillationLoss\(\)"):
+        trainer.fit(data, epochs=2, batch_size=16)
+    assert not weights(trainer).isfinite().all()
+    state = checkpoint.load_newest(tmp_path)
+    assert state["run"]["steps"] == (5 if every else 3)
+    assert state["student"]["weight"].isfinite().all()
+
+
 def test_every_kind_of_value(tmp_path):
     state = {
         "a": [1, 2.5, None, True, "x"],

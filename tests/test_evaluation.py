@@ -19,9 +19,12 @@ from sklearn.datasets import load_breast_cancer, load_digits, load_wine  # noqa:
 from sklearn.ensemble import RandomForestClassifier  # noqa: E402
 from sklearn.linear_model import LogisticRegression  # noqa: E402
 from sklearn.metrics import accuracy_score, precision_recall_fscore_support  # noqa: E402
+from sklearn.model_selection import GridSearchCV  # noqa: E402
 from sklearn.pipeline import make_pipeline  # noqa: E402
 from sklearn.preprocessing import StandardScaler  # noqa: E402
 from sklearn.svm import LinearSVC  # noqa: E402
+
+from pydistill.sklearn import DistilledClassifier  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -148,8 +151,10 @@ class TestClasses:
         assert found.student.accuracy == pytest.approx(fitted.score(scaled, names))
         assert found.teacher.accuracy == pytest.approx(teacher.score(scaled, names))
         assert min(found.student.accuracy, found.teacher.accuracy) > 0.95
-        columns = np.searchsorted(fitted.classes_, names)  # y as numbers of columns
-        assert quick(student, teacher, scaled, columns).per_class == found.per_class
+        for models in ((student, teacher), (fitted, None)):  # numbers of columns would not say whose
+            with pytest.raises(ValueError, match=r"student's classes, \['red', 'rosé', 'white'\]; row 0 holds 0"):
+                quick(*models, scaled, y)
+        assert quick(student, None, scaled, np.searchsorted(fitted.classes_, names)).student.accuracy > 0.95
 
     def test_columns_of_a_teacher_in_another_order(self):
         table = [[0.1, 0.2, 0.7], [0.6, 0.3, 0.1]]  # columns b, c, a
@@ -201,6 +206,41 @@ class TestClasses:
         found = quick(Classifier(), forest, X_test, y_test)
         assert (found.student.parameters, found.student.bytes) == (650, 2600)
         assert found.student[1:3] == pytest.approx(quick(network, forest, X_test, y_test).student[1:3])
+
+    @pytest.mark.parametrize("wrap", [lambda p: p, lambda p: make_pipeline(p), lambda p: GridSearchCV(p, {}, cv=2)])
+    def test_a_distilled_classifier_at_the_end_counts_its_network(self, digits, wrap):
+        X, X_test, y, y_test = digits
+        student = DistilledClassifier(RandomForestClassifier(20, random_state=0), epochs=3, cv=3, random_state=0)
+        whole = wrap(make_pipeline(StandardScaler(), student)).fit(X, y)
+        found = quick(whole, None, X_test, y_test)
+        parameters = 64 * 32 + 32 + 32 * 10 + 10
+        assert (found.student.parameters, found.student.bytes) == (parameters, 4 * parameters)
+        assert found.student.accuracy == pytest.approx(whole.score(X_test, y_test))
+
+    def test_the_steps_before_a_distilled_classifier_lead_to_its_teacher_too(self, digits):
+        X, X_test, y, y_test = digits
+        student = DistilledClassifier(RandomForestClassifier(20, random_state=0), epochs=3, cv=3, random_state=0)
+        whole = make_pipeline(StandardScaler(), student).fit(X, y)
+        found = quick(whole[-1], whole[-1].teacher_, whole[:-1].transform(X_test), y_test)
+        assert found.student.accuracy == pytest.approx(whole.score(X_test, y_test))
+        assert found.teacher.accuracy > 0.9
+        assert found.compression == pytest.approx(student.compression_)
+
+    def test_images_are_not_flattened_for_a_skorch_net(self, digits):
+        skorch = pytest.importorskip("skorch")
+        X, X_test, y, y_test = (x.reshape(-1, 1, 8, 8) if x.ndim == 2 else x for x in digits)
+        cnn = nn.Sequential(nn.Conv2d(1, 4, 3, stride=2), nn.ReLU(), nn.Flatten(), nn.Linear(36, 10))
+        options = {"optimizer": torch.optim.Adam, "lr": 0.01, "max_epochs": 5, "verbose": 0, "train_split": None}
+        net = skorch.NeuralNetClassifier(cnn, criterion=nn.CrossEntropyLoss, **options).fit(X, y)
+        for form in (X_test, torch.from_numpy(X_test)):
+            found = quick(net, None, form, y_test)
+            assert found.student.accuracy == pytest.approx(net.score(X_test, y_test))
+            assert found.student.parameters == 40 + 370
+
+    def test_a_module_with_steps_is_no_pipeline(self):
+        student = nn.Identity()
+        student.steps = 3
+        assert quick(student, None, torch.eye(3), [0, 1, 2]).student.accuracy == 1
 
 
 class Recorder(nn.Module):
@@ -258,6 +298,13 @@ class TestBadInput:
         with pytest.raises(ValueError, match=r"X must be finite; row 7 holds a NaN"):
             report(nn.Linear(64, 10), None, X, digits[3][:20])
 
+    def test_infinity_in_a_frame(self, digits):
+        frame = pytest.importorskip("pandas").DataFrame(digits[1][:20].astype("float64"))
+        frame["kind"] = "text"
+        frame.loc[4, 2] = -np.inf
+        with pytest.raises(ValueError, match=r"X must be finite; row 4 holds a NaN or an infinity"):
+            report(nn.Linear(64, 10), None, frame, digits[3][:20])
+
     @pytest.mark.parametrize(
         ("rows", "labels", "message"),
         [
@@ -296,6 +343,8 @@ class TestBadInput:
             report(nn.Sequential(nn.Linear(64, 10), nn.Threshold(9e9, float("nan"))), None, X_test, y_test)
         with pytest.raises(ValueError, match=r"batch_sizes must be integers of at least 1, got 0"):
             report(nn.Linear(64, 10), None, X_test, y_test, batch_sizes=(0,))
+        with pytest.raises(ValueError, match=r"batch_sizes must be a sequence of integers, such as \(1, 256\), got 32"):
+            report(nn.Linear(64, 10), None, X_test, y_test, batch_sizes=32)
 
 
 @pytest.fixture(scope="module")
@@ -306,6 +355,7 @@ def found(digits, forest):
 
 class TestForms:
     def test_table(self, found):
+        assert repr(found) == str(found)  # what a notebook shows
         lines = str(found).splitlines()
         assert lines[0] == f"400 rows, 10 classes; torch threads: {torch.get_num_threads()}"
         cells = {line.split("   ")[0]: line.split() for line in lines}

@@ -17,6 +17,7 @@ import pydistill
 from pydistill.shipping import load_student, save_student
 
 safetensors_torch = pytest.importorskip("safetensors.torch")
+SafetensorError = pytest.importorskip("safetensors").SafetensorError
 
 
 def mlp():
@@ -108,6 +109,14 @@ class TestSaveAndLoad:
         assert not any(m.training for m in other.modules())
         assert torch.equal(other[0].weight, student[0].weight)
 
+    def test_a_compiled_student_is_saved_as_the_plain_one(self, tmp_path):
+        student, other = mlp(), torch.compile(mlp())
+        save_student(torch.compile(student), tmp_path)  # nothing runs, and so nothing is compiled
+        assert document(tmp_path)["class"] == "torch.nn.modules.container.Sequential"
+        assert same_state(load_student(tmp_path, mlp()), student)
+        assert load_student(tmp_path, other) is other
+        assert same_state(other._orig_mod, student)
+
     def test_a_new_student_replaces_the_old_one(self, tmp_path):
         save_student(mlp(), tmp_path)
         student = nn.Linear(2, 3)
@@ -176,6 +185,11 @@ class TestRefusals:
         folder = tmp_path / "new"
         with pytest.raises(TypeError, match=r"student must be a torch.nn.Module, got dict"):
             save_student({}, folder)
+        for name in ("student_", "module_"):
+            estimator = type("Classifier", (), {name: mlp()})()
+            for call in (lambda model: save_student(model, folder), lambda model: load_student(folder, model)):
+                with pytest.raises(TypeError, match=rf"torch.nn.Module, got Classifier: pass its {name}$"):
+                    call(estimator)
         with pytest.raises(TypeError, match=r"metadata must be what JSON can hold"):
             save_student(mlp(), folder, metadata={"classes": np.arange(3)})
         with pytest.raises(TypeError, match=r"metadata must be what JSON can hold"):
@@ -265,6 +279,16 @@ class TestInterruptions:
             save_student(mlp(), tmp_path)
         assert caught.value.errno == errno.ENOSPC
 
+    @pytest.mark.parametrize(
+        ("text", "number"),
+        [("I/O error: No space left on device (os error 28)", errno.ENOSPC), ("invalid header", errno.EIO)],
+    )
+    def test_safetensors_says_the_number_in_its_text(self, tmp_path, monkeypatch, text, number):
+        Interrupt(monkeypatch, 1, SafetensorError(text))
+        with pytest.raises(OSError, match="was not written") as caught:
+            save_student(mlp(), tmp_path)
+        assert caught.value.errno == number
+
     @pytest.mark.timeout(120)
     def test_a_disk_that_is_really_full(self, tmp_path):
         """Files may not grow beyond 20 kB in the child, as if the disk had no more."""
@@ -279,11 +303,12 @@ class TestInterruptions:
             try:
                 save_student(torch.nn.Linear(100, 100), sys.argv[1])
             except OSError as error:
-                print("refused:", error)
+                print("refused:", error, "errno", error.errno)
         """
         command = [sys.executable, "-c", textwrap.dedent(program), str(tmp_path)]
         done = subprocess.run(command, capture_output=True, text=True, timeout=100)
         assert "refused:" in done.stdout, done.stderr
         assert "what was there is whole" in done.stdout
+        assert f"errno {errno.EFBIG}" in done.stdout
         assert same_state(load_student(tmp_path, nn.Linear(8, 8)), old)
         assert sorted(p.name for p in tmp_path.iterdir()) == ["student.json", "student.safetensors"]

@@ -9,12 +9,13 @@ import pytest
 import torch
 from sklearn import config_context
 from sklearn.base import BaseEstimator, ClassifierMixin, clone
+from sklearn.calibration import CalibratedClassifierCV
 from sklearn.compose import make_column_transformer
 from sklearn.datasets import load_breast_cancer, load_digits, load_wine
 from sklearn.dummy import DummyClassifier
-from sklearn.ensemble import RandomForestClassifier
+from sklearn.ensemble import RandomForestClassifier, StackingClassifier, VotingClassifier
 from sklearn.frozen import FrozenEstimator
-from sklearn.linear_model import LogisticRegression
+from sklearn.linear_model import LinearRegression, LogisticRegression
 from sklearn.model_selection import GridSearchCV, cross_val_score, train_test_split
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import Pipeline, make_pipeline
@@ -109,6 +110,7 @@ TEACHERS = {
 
 
 class TestTeachersAndStudents:
+    # scikit-learn 1.9 deprecates probability=True; it stays tested for as long as users have such teachers.
     @pytest.mark.filterwarnings("ignore:The `probability` parameter:FutureWarning")
     @pytest.mark.parametrize("name", TEACHERS)
     def test_student_is_small_and_nearly_as_good(self, digits, name):
@@ -196,6 +198,19 @@ class TestWhatTheStudentIsGiven:
         assert (model.predict(X) == names).mean() > 0.9
         assert model.teacher_.score(X, names) > 0.9  # it speaks of the labels themselves
 
+    @pytest.mark.parametrize("names", [["white", "red", "rose"], [1, 2, 3]])
+    def test_xgboost_learns_the_codes_and_speaks_of_the_labels(self, wine, given, names):
+        X, y = wine
+        names = np.array(names)[y]
+        model = quick(xgboost_teacher(), epochs=20).fit(X, names)
+        codes = np.unique(names, return_inverse=True)[1]
+        plain = quick(xgboost_teacher(), epochs=20).fit(X, codes)
+        assert torch.equal(given[0][1][1].logits, given[1][1][1].logits)
+        assert torch.equal(weights(model), weights(plain))
+        assert model.teacher_.score(X, names) > 0.95
+        assert model.score(X, names) > 0.95
+        assert model.agreement_ == plain.agreement_
+
     def test_sample_weight_is_on_the_students_loss(self, wine, given):
         X, y = wine
         wrong = np.arange(len(y)) % 3 == 0
@@ -232,6 +247,10 @@ class TestWhatTheStudentIsGiven:
         assert shares[1] > shares[0] + 0.05
         assert shares[1] > 0.95
 
+    def test_a_stack_teaches(self, wine):
+        stack = StackingClassifier([("near", KNeighborsClassifier())], cv=2)
+        assert quick(stack, epochs=20).fit(*wine).score(*wine) > 0.95
+
 
 class TestPrefit:
     def test_frozen_teacher_is_used_as_it_is(self, wine, given):
@@ -252,6 +271,18 @@ class TestPrefit:
             quick(teacher).fit(X[y < 2], y[y < 2])
         with pytest.raises(ValueError, match=r"one output for each of the 3 classes of y, got .*\(178, 4\)"):
             quick(nn.Linear(13, 4)).fit(X, y)
+        on_codes = FrozenEstimator(xgboost_teacher().fit(X, y))
+        with pytest.raises(ValueError, match=r"it was fitted on \[0, 1, 2\].*codes: pass them as y too, LabelEncoder"):
+            quick(on_codes).fit(X, np.array(["a", "b", "c"])[y])
+
+    def test_a_frozen_classifier_in_the_teacher_is_refused(self, wine):
+        X, y = wine
+        frozen = FrozenEstimator(LogisticRegression().fit(X, y))
+        pipeline = make_pipeline(StandardScaler().fit(X), frozen)
+        for teacher in (pipeline, CalibratedClassifierCV(frozen), VotingClassifier([("a", frozen)], voting="soft")):
+            with pytest.raises(ValueError, match=r"^teacher cannot be refitted.*FrozenEstimator\(teacher\)$"):
+                quick(teacher).fit(X, y)
+        assert quick(FrozenEstimator(pipeline)).fit(X, y).teacher_ is pipeline
 
 
 class TestScikitLearn:
@@ -385,6 +416,21 @@ def make_dropout(n_features, n_classes):
     return nn.Sequential(nn.Linear(n_features, 16), nn.ReLU(), nn.Dropout(0.5), nn.Linear(16, n_classes))
 
 
+class Tiny(nn.Module):
+    """A student that takes no arguments."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(13, 3)
+
+    def forward(self, x):
+        return self.layer(x)
+
+
+def make_normalised(n_features, n_classes):
+    return nn.Sequential(nn.Linear(n_features, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, n_classes))
+
+
 class TestErrors:
     @pytest.mark.parametrize(
         ("options", "error", "message"),
@@ -397,6 +443,8 @@ class TestErrors:
             ({"hidden_layer_sizes": (4, 0)}, ValueError, r"hidden_layer_sizes must be whole numbers.*got \(4, 0\)"),
             ({"learning_rate": -1.0}, ValueError, "learning rate: -1"),
             ({"student": "mlp"}, TypeError, "student must be a torch module or a function.*got str"),
+            ({"student": Tiny}, TypeError, r"such as MyNet\(\), or a function.*Tiny does not take these two: too many"),
+            ({"student": lambda n: None}, TypeError, "does not take these two: too many"),
             ({"student": lambda n, c: None}, TypeError, "must give a torch module, got NoneType"),
             (
                 {"student": lambda n, c: nn.Linear(n, 2)},
@@ -421,6 +469,8 @@ class TestErrors:
             quick().fit(X, y, sample_weight=np.linspace(-1, 1, len(y)))
         with pytest.raises(ValueError, match="X_unlabeled must have the 13 features of X, got 5"):
             quick().fit(X, y, X_unlabeled=X[:, :5])
+        with pytest.raises(ValueError, match="X_unlabeled must hold at least one row, got none"):
+            quick().fit(X, y, X_unlabeled=X[:0])
         hole = X.copy()
         hole[3, 2] = np.nan
         with pytest.raises(ValueError, match="Input X_unlabeled contains NaN"):
@@ -432,12 +482,42 @@ class TestErrors:
         with pytest.raises(ValueError, match="must have predict_proba, got SVC"):
             quick(SVC()).fit(*wine)
 
+    @pytest.mark.parametrize(
+        ("teacher", "error", "message"),
+        [
+            (RandomForestClassifier, TypeError, "got the class RandomForestClassifier: pass an instance"),
+            ("forest", TypeError, "with predict_proba, got str"),
+            (LinearRegression(), ValueError, "which LinearRegression is not"),
+        ],
+    )
+    def test_teachers_that_are_no_classifiers(self, wine, teacher, error, message):
+        with pytest.raises(error, match=f"^teacher must be a classifier.*{message}"):
+            quick(teacher).fit(*wine)
+        with pytest.raises(TypeError, match=r"^teacher must be a classifier with predict_proba, got NoneType"):
+            DistilledClassifier(None).fit(*wine)
+
+    @pytest.mark.parametrize(("batch_size", "unlabeled"), [(59, 0), (177, 0), (1, 0), (60, 3)])
+    def test_a_last_batch_of_one_row_under_batch_norm(self, wine, batch_size, unlabeled):
+        X, y = wine
+        options = {"student": make_normalised, "batch_size": batch_size, "epochs": 1}
+        more = X[:unlabeled] if unlabeled else None
+        rows = 178 + unlabeled
+        Counted.fits = 0
+        with pytest.raises(
+            ValueError, match=rf"batch_size must not leave.*one row.*{rows} rows in batches of {batch_size}"
+        ):
+            quick(Counted(), **options).fit(X, y, X_unlabeled=more)
+        assert Counted.fits == 0
+        quick(**options | {"student": None}).fit(X, y, X_unlabeled=more)  # no BatchNorm
+        if batch_size > 1:
+            quick(**options).fit(X[2:], y[2:], X_unlabeled=more)
+
     def test_a_student_that_diverges_is_not_kept(self, wine):
         X, y = wine
         model = quick(DummyClassifier(), epochs=3).fit(X, y)
         before = model.student_
         model.learning_rate = 1e30
-        with pytest.raises(ValueError, match=r"loss is (nan|inf) in epoch 1: scale the features.*_rate.*1e\+30"):
+        with pytest.raises(ValueError, match=r"in epoch 1, [\s\S]*scale the features.*_rate.*1e\+30"):
             model.fit(X, y)
         assert model.student_ is before
 
@@ -447,4 +527,7 @@ class TestErrors:
         probs = model.predict_proba(X)
         with pytest.raises(ValueError, match="classes"):
             model.fit(X, np.zeros(len(y)))
+        with pytest.raises(ValueError, match=r"got 1 class$"):  # other columns: they are noted first
+            model.fit(X[:, :5], np.zeros(len(y)))
+        assert model.n_features_in_ == 13
         np.testing.assert_array_equal(model.predict_proba(X), probs)

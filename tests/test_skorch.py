@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from sklearn.base import clone
 from sklearn.datasets import load_wine
+from sklearn.ensemble import RandomForestClassifier
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GridSearchCV, cross_val_score
 from sklearn.pipeline import Pipeline
@@ -19,6 +20,7 @@ from pydistill.teachers import soft_targets
 
 pytest.importorskip("skorch", reason="skorch is not installed")
 
+from skorch.callbacks import EpochScoring
 from skorch.dataset import Dataset, ValidSplit
 from skorch.helper import predefined_split
 
@@ -133,6 +135,30 @@ def test_validation_split_is_scored(data):
     assert record["valid_acc"] == (logits.argmax(-1).numpy() == y[rows]).mean()
 
 
+def test_foreign_validation_rows_are_scored_on_labels(data):
+    X, y, targets = data
+    valid = Dataset(X[::3] + 0.1, y[::3])
+    net = net_for(train_split=predefined_split(valid), criterion__alpha=0.6, max_epochs=3).fit(X, y, teacher=targets)
+    want = F.cross_entropy(net.module_(torch.from_numpy(valid.X)), torch.from_numpy(valid.y))
+    assert net.history[-1, "valid_loss"] == pytest.approx(want.item(), rel=1e-4)
+
+
+def test_scoring_callbacks_find_the_data(data):
+    X, y, targets = data
+    scoring = EpochScoring("accuracy", name="again", lower_is_better=False, use_caching=False)
+    net = net_for(max_epochs=3, callbacks=[scoring]).fit(X, y, teacher=targets)
+    assert net.history[:, "again"] == net.history[:, "valid_acc"]
+
+
+def test_a_search_splits_a_store(data, tmp_path):
+    """With alpha = 1 the student must believe the rows that are its own."""
+    X, y, targets = data
+    store = pydistill.TeacherStore.build(tmp_path, targets, X)
+    net = net_for(train_split=None, criterion__alpha=1.0)
+    search = GridSearchCV(net, {"criterion__temperature": [1.0, 2.0]}, cv=3, error_score="raise")
+    assert search.fit(X, y, teacher=store).best_score_ > 0.9
+
+
 def test_prediction_knows_no_teacher_and_survives_pickling(data):
     X, y, targets = data
     net = net_for().fit(X, y, teacher=targets)
@@ -179,7 +205,10 @@ def test_errors(data):
         net_for().fit(X, y)
     with pytest.raises(ValueError, match="teacher must have the 178 rows of X, got 9"):
         net_for().fit(X, y, teacher=targets[:9])
-    with pytest.raises(ValueError, match="use a train_split that splits X"):
-        net_for(train_split=predefined_split(Dataset(X, y))).fit(X, y, teacher=targets)
+    with pytest.raises(ValueError, match="train_split must take its training rows from X"):
+        net_for(train_split=lambda dataset, y, **_: (Dataset(X, y), None)).fit(X, y, teacher=targets)
+    for teacher in (RandomForestClassifier(3), nn.Linear(13, 3), targets.logits.tolist()):
+        with pytest.raises(TypeError, match=f"got {type(teacher).__name__}.*soft_targets.*teacher_outputs"):
+            net_for().fit(X, y, teacher=teacher)
     with pytest.raises(ValueError, match="temperature"):
         net_for(criterion__temperature=-1.0).fit(X, y, teacher=targets)

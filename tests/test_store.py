@@ -1,27 +1,36 @@
-"""The store: what it holds, what it refuses, and that nothing stops it for good: kills, damage, full disks."""
+"""The store: what it holds, what it refuses, what it says of damage. test_store_resume.py stops it midway."""
 
-import errno
 import json
 import math
-import os
 import pickle
 import random
-import signal
 import statistics
 import subprocess
 import sys
-import time
 import timeit
-from multiprocessing import get_context
 
 import numpy as np
 import pytest
 import torch
+from stores import (
+    CLASSES,
+    FEATURES,
+    FILES,
+    ROWS,
+    TOP_K,
+    Items,
+    K,
+    Stream,
+    assert_same_targets,
+    contents,
+    logits_of,
+    make_inputs,
+    make_teacher,
+)
 from torch import nn
 from torch.utils.data import (
     DataLoader,
     Dataset,
-    IterableDataset,
     SequentialSampler,
     Subset,
     TensorDataset,
@@ -30,72 +39,23 @@ from torch.utils.data import (
 
 import pydistill
 from pydistill import SoftTargets
-from pydistill.store import TeacherStore, writer
+from pydistill.store import TeacherStore
 from pydistill.store.manifest import read_manifest, replace_manifest
-
-ROWS, FEATURES, CLASSES, K = 150, 6, 20, 5  # 150 is not a multiple of the batch sizes below
-TOP_K = {"k": K, "temperatures": (1.0, 2.0), "tail": "bucket"}
 
 
 @pytest.fixture
 def inputs():
-    return torch.randn(ROWS, FEATURES, generator=torch.Generator().manual_seed(7))
+    return make_inputs()
 
 
 @pytest.fixture
 def teacher():
-    torch.manual_seed(1)
-    model = nn.Sequential(nn.Linear(FEATURES, 30), nn.Dropout(0.5), nn.ReLU(), nn.Linear(30, CLASSES))
-    with torch.no_grad():
-        model[3].weight *= 10
-    return model
+    return make_teacher()
 
 
 @pytest.fixture
 def logits(inputs, teacher):
-    teacher.eval()
-    with torch.no_grad():
-        result = teacher(inputs)
-    teacher.train()
-    return result
-
-
-def contents(folder):
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
-
-
-def assert_same_targets(got, want):
-    assert got.shape == want.shape
-    assert (got.tail, got.has_zeros) == (want.tail, want.has_zeros)
-    assert got.logits.dtype == want.logits.dtype
-    assert torch.equal(got.logits, want.logits)
-    assert (got.indices is None) == (want.indices is None)
-    assert got.indices is None or torch.equal(got.indices, want.indices)
-    assert got.log_partitions.keys() == want.log_partitions.keys()
-    assert all(torch.equal(x, want.log_partitions[t]) for t, x in got.log_partitions.items())
-
-
-class Items(Dataset):
-    """Not in memory, as far as anyone can tell. ``change`` is added to the item of its number."""
-
-    def __init__(self, inputs, change=None):
-        self.inputs, self.change = inputs, change
-
-    def __len__(self):
-        return len(self.inputs)
-
-    def __getitem__(self, i):
-        if not 0 <= i < len(self):
-            raise IndexError(i)
-        return self.inputs[i] + (1.0 if i == self.change else 0.0), i % 3
-
-
-class Stream(IterableDataset):
-    def __init__(self, inputs):
-        self.inputs = inputs
-
-    def __iter__(self):
-        return iter(self.inputs)
+    return logits_of(teacher, inputs)
 
 
 class TestContents:
@@ -235,6 +195,11 @@ class TestData:
         assert seen == [(False, True, rows, torch.Tensor) for rows in (64, 64, 22)]
         assert (model.training, model.head.training, model.frozen.training) == (True, True, False)
 
+    @pytest.mark.parametrize("form", [lambda x: x, torch.from_numpy, lambda x: Items(torch.from_numpy(x))])
+    def test_module_gets_floats_in_its_own_dtype(self, tmp_path, inputs, teacher, logits, form):
+        built = TeacherStore.build(tmp_path, teacher, form(inputs.double().numpy()), dtype="float32")
+        torch.testing.assert_close(built[:].logits, logits)
+
     def test_callable_gets_batches_as_the_data_has_them(self, tmp_path, inputs):
         seen = []
 
@@ -323,6 +288,9 @@ class TestIndexing:
         in_torch = in_torch.long() if isinstance(rows, list) else in_torch  # torch makes [] floats
         assert_same_targets(built[rows], everything[in_torch])
 
+    def test_rows_as_scikit_learn_asks_for_them(self, built):
+        assert_same_targets(built[np.array([3, 1]), ...], built[[3, 1]])
+
     def test_steps_backwards(self, built):
         assert_same_targets(built[::-50], built[[149, 99, 49]])
 
@@ -341,7 +309,8 @@ class TestIndexing:
             (torch.ones(3), TypeError, "got Tensor of float32"),
             (True, TypeError, "got bool"),
             (None, TypeError, "got NoneType"),
-            ((1, 2), TypeError, "got the tuple"),
+            ((1, 2), TypeError, r"got a tuple \(int, int\)$"),
+            ((np.arange(150), 2), TypeError, r"got a tuple \(ndarray, int\)$"),
         ],
     )
     def test_errors(self, built, rows, error, message):
@@ -476,9 +445,56 @@ class TestStale:
             with pytest.raises(ValueError, match="other teacher"):
                 TeacherStore.open(tmp_path, teacher=other)
 
-    def test_a_callable_is_not_checked(self, tmp_path, inputs):
+    def test_a_callable_is_not_checked_and_a_warning_says_so(self, tmp_path, inputs):
         TeacherStore.build(tmp_path, torch.relu, inputs)
-        TeacherStore.open(tmp_path, teacher=torch.sigmoid)
+        with pytest.warns(UserWarning, match="whether it was this one cannot be told"):
+            TeacherStore.open(tmp_path, teacher=torch.sigmoid)
+        with pytest.warns(UserWarning, match=r'Pass fingerprint="..."'):
+            TeacherStore.build(tmp_path, torch.sigmoid, inputs)
+
+    def test_a_fingerprint_stands_for_a_callable(self, tmp_path, inputs, teacher, recwarn):
+        TeacherStore.build(tmp_path, torch.relu, inputs, fingerprint="relu")
+        TeacherStore.build(tmp_path, torch.relu, inputs, fingerprint="relu")
+        TeacherStore.open(tmp_path, teacher=torch.relu, fingerprint="relu")
+        for given in ("sigmoid", None):
+            with pytest.raises(ValueError, match="other teacher: teacher: 'a callable, relu' there"):
+                TeacherStore.build(tmp_path, torch.sigmoid, inputs, fingerprint=given)
+        with pytest.raises(TypeError, match="fingerprint must be a string that stands for a callable teacher, got 1"):
+            TeacherStore.open(tmp_path, teacher=torch.relu, fingerprint=1)
+        with pytest.raises(TypeError, match="stands for a callable teacher, got 'mine'"):
+            TeacherStore.open(tmp_path, teacher=teacher, fingerprint="mine")
+        assert not recwarn
+
+    @pytest.mark.parametrize("top", [False, True])
+    def test_targets_of_rows(self, tmp_path, inputs, logits, top):
+        def form(x):
+            return pydistill.top_k(x, K, (2.0,), tail="bucket") if top else SoftTargets.from_log_probs(x)
+
+        logits[7, 3] = -math.inf
+        targets = form(logits)
+        built = TeacherStore.build(tmp_path, targets, inputs, dtype="float32", batch_size=64)
+        assert_same_targets(built[:], targets)
+        TeacherStore.open(tmp_path, data=inputs, teacher=targets)
+        logits[149, 0] += 1
+        for other in (form(logits), SoftTargets.from_logits(logits[:, :10])):
+            with pytest.raises(ValueError, match="other teacher: teacher: 'SoftTargets, sha256"):
+                TeacherStore.build(tmp_path, other, inputs, dtype="float32")
+        with pytest.raises(ValueError, match="teacher must have a row per row of data, got 9 for 150"):
+            TeacherStore.build(tmp_path / "new", targets[:9], inputs)
+
+    @pytest.mark.parametrize("data", [lambda x: x, lambda x: x.numpy()])
+    def test_a_fitted_classifier(self, tmp_path, inputs, data):
+        ensemble = pytest.importorskip("sklearn.ensemble")
+        labels = (inputs[:, 0] > 0).long().numpy()
+        for make in (ensemble.RandomForestClassifier, ensemble.HistGradientBoostingClassifier):
+            folder = tmp_path / make.__name__
+            classifier = make(random_state=0).fit(inputs.numpy(), labels)
+            built = TeacherStore.build(folder, classifier, data(inputs), dtype="float32", batch_size=64)
+            assert_same_targets(built[:], pydistill.teachers.teacher_outputs(classifier, inputs.numpy()))
+            TeacherStore.open(folder, teacher=pickle.loads(pickle.dumps(classifier)))
+            other = make(random_state=1).fit(inputs.numpy()[:99], labels[:99])
+            with pytest.raises(ValueError, match=f"other teacher: teacher: 'a {make.__name__}, .*' there"):
+                TeacherStore.build(folder, other, data(inputs), dtype="float32")
 
 
 class TestDamage:
@@ -486,12 +502,10 @@ class TestDamage:
     def built(self, tmp_path, inputs, teacher):
         return TeacherStore.build(tmp_path, teacher, inputs, **TOP_K)
 
-    NAMES = ("indices.npy", "log_partition_0.npy", "log_partition_1.npy", "logits.npy")
-
     def test_files(self, built):
-        assert sorted(contents(built.folder)) == sorted([*self.NAMES, "manifest.json"])
+        assert sorted(contents(built.folder)) == sorted([*FILES, "manifest.json"])
 
-    @pytest.mark.parametrize("name", NAMES)
+    @pytest.mark.parametrize("name", FILES)
     def test_flipped_bit(self, built, name):
         path = built.folder / name
         good = path.read_bytes()
@@ -506,7 +520,7 @@ class TestDamage:
         TeacherStore.open(built.folder)
 
     @pytest.mark.parametrize("verify", [True, False])
-    @pytest.mark.parametrize("name", NAMES)
+    @pytest.mark.parametrize("name", FILES)
     def test_size(self, built, name, verify):
         path = built.folder / name
         good = path.read_bytes()
@@ -573,308 +587,6 @@ class TestDamage:
             TeacherStore.build(built.folder, teacher, inputs, **TOP_K)
 
 
-class Stop(Exception):
-    pass
-
-
-def stopping(teacher, after):
-    """A teacher that raises after some batches; equal to its module for the store."""
-    calls = []
-
-    def stop(module, args):
-        calls.append(len(args[0]))
-        if len(calls) > after:
-            raise Stop
-
-    teacher.register_forward_pre_hook(stop)
-    return calls
-
-
-class TestResume:
-    @pytest.fixture(autouse=True)
-    def _sync_every_batch(self, monkeypatch):
-        monkeypatch.setattr(writer, "_SECONDS_BETWEEN_SYNCS", 0.0)
-
-    @pytest.fixture
-    def whole(self, tmp_path, inputs, teacher):
-        """The files of a build that nothing interrupted."""
-        return contents(TeacherStore.build(tmp_path / "whole", teacher, inputs, batch_size=16, **TOP_K).folder)
-
-    @pytest.mark.parametrize(
-        "form",
-        [
-            lambda x: x,
-            Items,
-            lambda x: list(x.split(16)),
-            lambda x: DataLoader(Items(x), batch_size=16),
-            lambda x: DataLoader(Stream(x), batch_size=16),
-        ],
-    )
-    def test_goes_on_after_an_error_in_the_teacher(self, tmp_path, inputs, teacher, whole, form):
-        handle = stopping(teacher, after=4)
-        teacher.train()
-        call = {"data": form(inputs), "batch_size": 16} | TOP_K
-        with pytest.raises(Stop):
-            TeacherStore.build(tmp_path / "store", teacher, **call)
-        assert teacher.training
-        with pytest.raises(ValueError, match="is unfinished: it holds 64 of 150 rows"):
-            TeacherStore.open(tmp_path / "store")
-        del handle[:]
-        teacher._forward_pre_hooks.clear()
-        seen = stopping(teacher, after=99)
-        TeacherStore.build(tmp_path / "store", teacher, **call)
-        assert seen == [16] * 5 + [6]
-        got = contents(tmp_path / "store")
-        assert all(got[name] == whole[name] for name in TestDamage.NAMES)
-
-    def test_an_error_loses_nothing_even_between_syncs(self, tmp_path, inputs, teacher, monkeypatch):
-        monkeypatch.setattr(writer, "_SECONDS_BETWEEN_SYNCS", 1e9)
-        stopping(teacher, after=4)
-        with pytest.raises(Stop):
-            TeacherStore.build(tmp_path, teacher, inputs, batch_size=16)
-        with pytest.raises(ValueError, match="is unfinished: it holds 64 of 150 rows"):
-            TeacherStore.open(tmp_path)
-
-    def test_zeros_among_the_first_rows_are_not_forgotten(self, tmp_path):
-        probs = torch.tensor([[1.0, 0.0]] * 16 + [[0.5, 0.5]] * 32)
-        calls = []
-
-        def forest(batch):
-            calls.append(len(batch))
-            if len(calls) == 2:
-                raise Stop
-            return SoftTargets.from_probs(batch)
-
-        with pytest.raises(Stop):
-            TeacherStore.build(tmp_path, forest, probs, batch_size=16)
-        built = TeacherStore.build(tmp_path, forest, probs, batch_size=16)
-        assert calls == [16] * 4
-        assert built[:].has_zeros
-
-    def test_other_arguments_are_refused(self, tmp_path, inputs, teacher):
-        stopping(teacher, after=1)
-        with pytest.raises(Stop):
-            TeacherStore.build(tmp_path, teacher, inputs, batch_size=16, k=3)
-        with pytest.raises(ValueError, match="other k: k: 3 there, 4 here"):
-            TeacherStore.build(tmp_path, teacher, inputs, k=4)
-
-    def test_a_batch_size_that_does_not_fit_the_rows_written(self, tmp_path, inputs, teacher, logits):
-        stopping(teacher, after=3)
-        with pytest.raises(Stop):
-            TeacherStore.build(tmp_path, teacher, list(inputs.split(16)), dtype="float32")
-        teacher._forward_pre_hooks.clear()
-        built = TeacherStore.build(tmp_path, teacher, list(inputs.split(100)), dtype="float32")
-        torch.testing.assert_close(built[:].logits, logits, rtol=1e-5, atol=1e-5)
-
-    def test_damage_to_the_rows_written_is_found_before_going_on(self, tmp_path, inputs, teacher):
-        stopping(teacher, after=3)
-        with pytest.raises(Stop):
-            TeacherStore.build(tmp_path, teacher, inputs, batch_size=16)
-        content = bytearray((tmp_path / "logits.npy").read_bytes())
-        content[200] ^= 1
-        (tmp_path / "logits.npy").write_bytes(content)
-        teacher._forward_pre_hooks.clear()
-        with pytest.raises(ValueError, match=r"is damaged: logits.npy"):
-            TeacherStore.build(tmp_path, teacher, inputs, batch_size=16)
-
-    def test_manifest_is_replaced_only_after_all_that_it_speaks_of_is_on_disk(
-        self, tmp_path, inputs, teacher, monkeypatch
-    ):
-        """What a power failure leaves behind: no test can make one, so the order of the calls has to do."""
-        dirty, calls, before = set(), [], []
-        fsync, replace, write_at = os.fsync, os.replace, writer._write_at
-
-        def note_write(file, offset, content):
-            dirty.add(os.path.realpath(file.name))
-            write_at(file, offset, content)
-
-        def note_fsync(handle):
-            path = os.path.realpath(f"/proc/self/fd/{handle}")
-            dirty.discard(path)
-            if path == os.path.realpath(tmp_path):
-                calls.append("folder synced")
-            fsync(handle)
-
-        def note_replace(old, new):
-            assert dirty == set()
-            if new.exists():
-                before.append((new.open(), new.read_text()))
-            replace(old, new)
-            calls.append("replaced")
-
-        monkeypatch.setattr(writer, "_write_at", note_write)
-        monkeypatch.setattr(os, "fsync", note_fsync)
-        monkeypatch.setattr(os, "replace", note_replace)
-        TeacherStore.build(tmp_path, teacher, inputs, batch_size=50, **TOP_K)
-        assert calls == ["replaced", "folder synced"] * 4
-        assert len(before) == 3
-        for file, text in before:
-            with file:
-                assert file.read() == text  # not written over
-
-    @pytest.mark.timeout(120)
-    def test_killed_at_every_step(self, tmp_path, inputs, teacher):
-        """Before and after each write, sync and replacement of a build, in turn."""
-
-        def build(folder):
-            TeacherStore.build(folder, teacher, inputs, batch_size=75, **TOP_K)
-
-        build(tmp_path / "whole")
-        want = contents(tmp_path / "whole")
-        step, rows_found = 0, set()
-        while True:
-            folder = tmp_path / f"killed {step}"
-            killed = run_child(lambda folder=folder, step=step: build_and_die_at(step, build, folder))
-            if not killed:
-                break
-            if (folder / "manifest.json").exists():
-                rows_found.add(read_manifest(folder)["rows_written"])
-            build(folder)
-            assert contents(folder) == want
-            step += 1
-        assert step > 50
-        assert rows_found == {0, 75, 150}
-
-    @pytest.mark.timeout(200)
-    def test_killed_at_random_moments(self, tmp_path, inputs, teacher, whole):
-        def build(folder):
-            def slow(module, args):
-                time.sleep(0.01)
-
-            with teacher.register_forward_pre_hook(slow):
-                TeacherStore.build(folder, teacher, inputs, batch_size=16, **TOP_K)
-
-        start = time.perf_counter()
-        build(tmp_path / "timed")
-        seconds = time.perf_counter() - start
-        randoms, kills, partial = random.Random(5), 0, set()
-        for attempt in range(4):
-            folder = tmp_path / f"store {attempt}"
-            rows = 0
-            for _ in range(8):
-                killed = run_child(lambda folder=folder: build(folder), kill_after=randoms.uniform(0, 0.7 * seconds))
-                kills += killed
-                manifest = read_manifest(folder) if folder.exists() else None
-                now = manifest["rows_written"] if manifest else 0
-                assert now >= rows
-                rows = now
-                partial.add(rows)
-            TeacherStore.build(folder, teacher, inputs, batch_size=16, **TOP_K)
-            assert contents(folder) == whole
-        assert kills >= 8
-        assert len(partial - {0, ROWS}) >= 2
-
-    @pytest.mark.timeout(60)
-    def test_a_second_builder_waits_for_the_first(self, tmp_path, inputs, teacher, whole):
-        def build():
-            def slow(module, args):
-                time.sleep(0.03)
-
-            with teacher.register_forward_pre_hook(slow):
-                TeacherStore.build(tmp_path / "store", teacher, inputs, batch_size=16, **TOP_K)
-
-        first = get_context("fork").Process(target=build)
-        first.start()
-        while not (tmp_path / "store" / "manifest.json").exists():
-            time.sleep(0.001)
-        seen = stopping(teacher, after=0)
-        TeacherStore.build(tmp_path / "store", teacher, inputs, batch_size=16, **TOP_K)
-        first.join()
-        assert (first.exitcode, seen) == (0, [])
-        assert contents(tmp_path / "store") == whole
-
-
-def build_and_die_at(step, build, folder):
-    """Two steps to each operation: die before it, die after it."""
-    count = 0
-
-    def deadly(operation):
-        def run(*args):
-            nonlocal count
-            if count == step:
-                os.kill(os.getpid(), signal.SIGKILL)
-            result = operation(*args)
-            if count + 1 == step:
-                os.kill(os.getpid(), signal.SIGKILL)
-            count += 2
-            return result
-
-        return run
-
-    os.fsync, os.replace, os.posix_fallocate = map(deadly, (os.fsync, os.replace, os.posix_fallocate))
-    writer._write_at = deadly(writer._write_at)
-    build(folder)
-
-
-def run_child(work, kill_after=None):
-    """Whether a forked process that does the work was killed; an error in it is one here."""
-    process = get_context("fork").Process(target=work)
-    process.start()
-    process.join(60 if kill_after is None else kill_after)
-    process.kill()
-    process.join()
-    assert process.exitcode in (0, -signal.SIGKILL)
-    return process.exitcode != 0
-
-
-class TestFullDisk:
-    def test_space_for_all_rows_is_claimed_at_the_start(self, tmp_path, inputs, teacher):
-        def build():
-            import resource
-
-            resource.setrlimit(resource.RLIMIT_FSIZE, (4000, 4000))  # a file may grow to 4000 bytes, of 6128
-            calls = stopping(teacher, after=99)
-            with pytest.raises(OSError, match="while writing the teacher store; what was recorded is safe") as caught:
-                TeacherStore.build(tmp_path, teacher, inputs, batch_size=16)
-            assert caught.value.errno == errno.EFBIG
-            assert calls == [16]
-
-        assert not run_child(build)
-        assert list(contents(tmp_path)) == ["manifest.json"]  # nothing that takes space
-        with pytest.raises(ValueError, match="is unfinished: it holds 0 of 150 rows"):
-            TeacherStore.open(tmp_path)
-        assert len(TeacherStore.build(tmp_path, teacher, inputs, k=3)) == ROWS  # fits, and is not refused
-
-    @pytest.mark.parametrize("operation", ["_write_at", "replace_manifest"])
-    def test_later(self, tmp_path, inputs, teacher, logits, monkeypatch, operation):
-        monkeypatch.setattr(writer, "_SECONDS_BETWEEN_SYNCS", 0.0)
-        calls, works = [], getattr(writer, operation)
-
-        def fill_up(*args):
-            calls.append(args)
-            if len(calls) > 6:
-                raise OSError(errno.ENOSPC, "No space left on device")
-            works(*args)
-
-        monkeypatch.setattr(writer, operation, fill_up)
-        with pytest.raises(OSError, match=r"No space left on device, while writing the teacher store") as caught:
-            TeacherStore.build(tmp_path, teacher, inputs, batch_size=16, dtype="float32")
-        assert caught.value.errno == errno.ENOSPC
-        rows = 96 if operation == "_write_at" else 80  # the first manifest is of no rows
-        with pytest.raises(ValueError, match=f"is unfinished: it holds {rows} of 150 rows"):
-            TeacherStore.open(tmp_path)
-        monkeypatch.setattr(writer, operation, works)
-        built = TeacherStore.build(tmp_path, teacher, inputs, batch_size=16, dtype="float32")
-        torch.testing.assert_close(built[:].logits, logits, rtol=1e-5, atol=1e-5)
-
-    def test_a_write_that_takes_only_a_part(self, tmp_path):
-        class Stingy:
-            def __init__(self):
-                self.content, self.at = bytearray(10), 0
-
-            def seek(self, offset):
-                self.at = offset
-
-            def write(self, content):
-                self.content[self.at : self.at + 3] = content[:3]
-                self.at += len(content[:3])
-                return len(content[:3])
-
-        file = Stingy()
-        writer._write_at(file, 2, memoryview(b"abcdefgh"))
-        assert file.content == b"\0\0abcdefgh"
-
-
 class TestErrors:
     @pytest.mark.parametrize(
         ("options", "error", "message"),
@@ -891,7 +603,7 @@ class TestErrors:
             ({"temperatures": (0.0,)}, ValueError, "temperatures must be positive and finite"),
             ({"temperatures": (math.inf,)}, ValueError, "temperatures must be positive and finite"),
             ({"k": 3, "temperatures": (), "tail": "bucket"}, ValueError, "temperatures must name at least one"),
-            ({"teacher": "net"}, TypeError, "teacher must be a module or a callable, got str"),
+            ({"teacher": "net"}, TypeError, "teacher must be a module, a fitted classifier, SoftTargets or"),
             ({"data": 3}, TypeError, "data must be a tensor, an array, a Dataset or an iterable of batches, got int"),
             ({"data": torch.zeros(0, FEATURES)}, ValueError, r"data must have at least one row, got shape \(0, 6\)"),
             ({"data": torch.tensor(1.0)}, ValueError, "data must have at least one row"),
@@ -943,6 +655,12 @@ class TestErrors:
             torch.testing.assert_close(built[:].logits, want, rtol=1e-5, atol=1e-5)
             with pytest.raises(ValueError, match="other data"):
                 TeacherStore.open(folder, data=inputs)
+
+    def test_data_frames(self, tmp_path, inputs, teacher):
+        frame = pytest.importorskip("pandas").DataFrame(inputs.numpy())
+        for data in (frame, (frame, frame[0])):
+            with pytest.raises(TypeError, match=r"tensor or an array, got a DataFrame: pass its \.to_numpy\(\)"):
+                TeacherStore.build(tmp_path, teacher, data)
 
     def test_augmented_data(self, tmp_path, inputs, teacher):
         class Augmented(Items):

@@ -3,6 +3,7 @@
 import math
 import sys
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -134,7 +135,7 @@ class TestFit:
         val = tuple(column[:20] for column in data)
         trainer = trainer_for(student)
         history = trainer.fit(data, val, epochs=2, batch_size=64)
-        assert [training for _, training, _ in student.calls] == ([True] * 3 + [False]) * 2
+        assert [training for _, training, _ in student.calls] == [False] + ([True] * 3 + [False]) * 2
         assert history[-1].val == pytest.approx(trainer.evaluate(val), rel=1e-6)
 
     def test_modes_are_restored_module_by_module(self, data):
@@ -175,11 +176,22 @@ class TestFit:
         history = trainer.fit(data, tuple(column[:30] for column in data), epochs=1)
         assert scheduler.best == history[0].val.loss != history[0].train.loss
 
-    def test_nan_loss_is_reported(self, data):
-        inputs = data[0].clone()
-        inputs[3] = math.nan
-        history = trainer_for(mlp()).fit([(inputs, *data[1:])], epochs=1)
-        assert math.isnan(history[0].train.loss)
+    def test_a_loss_that_is_not_finite_stops_before_the_step(self, data):
+        inputs, logits, labels = data
+        student = mlp()
+        before = weights(student)
+        probs = F.one_hot(logits.argmax(-1), CLASSES).double()
+        loss = pydistill.DistillationLoss(divergence="reverse_kl")
+        zeros = torch.log(probs)  # as a plain tensor, which nobody asks about zeros
+        with pytest.raises(ValueError, match=r"the loss must stay finite.*epoch 1, step 1, under .*'reverse_kl'"):
+            trainer_for(student, loss).fit((inputs, zeros, labels), epochs=2)
+        assert torch.equal(weights(student), before)
+        inputs = inputs.clone()
+        inputs[140] = math.nan
+        batches = [tuple(x[i : i + 64] for x in (inputs, *data[1:])) for i in range(0, ROWS, 64)]
+        with pytest.raises(ValueError, match="became nan or infinite in epoch 1, step 3"):
+            trainer_for(student).fit(batches, epochs=1)
+        assert weights(student).isfinite().all()
 
     @pytest.mark.parametrize("installed", [True, False])
     def test_progress_bar_needs_tqdm_and_nothing_else_is_printed(self, data, installed, monkeypatch, capsys):
@@ -370,6 +382,17 @@ class TestErrors:
                 "loss must have reduction=\"mean\".*got 'sum'",
             ),
             (
+                lambda: Trainer(mlp(), optimizer=torch.optim.SGD),
+                TypeError,
+                r"optimizer must be a torch.optim.Optimizer made of the student's.*got the class SGD",
+            ),
+            (lambda: Trainer(mlp(), optimizer=3), TypeError, "optimizer must be a torch.optim.Optimizer.*got int"),
+            (
+                lambda: Trainer(mlp(), optimizer=torch.optim.SGD(mlp().parameters(), lr=0.1)),
+                ValueError,
+                "optimizer must be made of the student's parameters.*this SGD holds none of them",
+            ),
+            (
                 lambda: Trainer(mlp(), scheduler=object()),
                 ValueError,
                 "scheduler must come with the optimizer",
@@ -388,8 +411,9 @@ class TestErrors:
             (
                 lambda x, t, y: (x, t.tolist(), y),
                 TypeError,
-                "train must hold tensors, arrays.*element 1 is list.*from_probs",
+                "train must hold tensors, arrays.*element 1 is list: pass it as a tensor or an array",
             ),
+            (lambda x, t, y: (x, t, np.array(list("ab") * 75)), TypeError, "element 2 is ndarray of.*LabelEncoder"),
             (lambda x, t, y: (x, t, y[:9]), ValueError, "train must hold columns of one length.*150, 150, 9"),
             (lambda x, t, y: (x[:0], t[:0], y[:0]), ValueError, "train must hold at least one row"),
             (lambda x, t, y: (), ValueError, "train must hold at least one row"),
@@ -416,6 +440,45 @@ class TestErrors:
     def test_data(self, data, change, error, message):
         with pytest.raises(error, match=message):
             trainer_for(mlp()).fit(change(*data), epochs=2)
+
+    def test_data_frames_and_stores(self, data, tmp_path):
+        frame = pytest.importorskip("pandas").DataFrame(data[0].numpy())
+        for train in ((frame, *data[1:]), frame):
+            with pytest.raises(TypeError, match=r"DataFrame: pass its \.to_numpy\(\)"):
+                trainer_for(mlp()).fit(train, epochs=1)
+        store = pydistill.TeacherStore.build(tmp_path, mlp(), data[0])
+        with pytest.raises(TypeError, match="element 1 is TeacherStore: pass it to the Trainer, as teacher=store"):
+            trainer_for(mlp()).fit((data[0], store, data[2]), epochs=1)
+
+    @pytest.mark.parametrize(
+        ("change", "error", "message"),
+        [
+            (lambda x, t, y: (x, t[:, :3], y), ValueError, "val: teacher must have the shape of student_logits"),
+            (lambda x, t, y: (x, y + CLASSES), IndexError, "val: .*label"),
+            (lambda x, t, y: (x[:, :2], y), RuntimeError, "val: mat1 and mat2 shapes"),
+            (lambda x, t, y: [(x, t, y, y)], ValueError, r"val: a batch must be \(inputs, targets, labels\)"),
+        ],
+    )
+    def test_validation_data_that_do_not_fit_cost_no_step(self, data, change, error, message):
+        student = mlp()
+        before = weights(student)
+        with pytest.raises(error, match=message):
+            trainer_for(student).fit(data, change(*data), epochs=1)
+        assert torch.equal(weights(student), before)
+
+    @pytest.mark.parametrize(("rows", "batch_size"), [(65, 64), (1, 64), (3, 1)])
+    def test_a_last_batch_of_one_row_and_batch_norm(self, data, rows, batch_size):
+        student = nn.Sequential(nn.Linear(FEATURES, CLASSES), nn.BatchNorm1d(CLASSES))
+        state = torch.random.get_rng_state()
+        few = tuple(x[:rows] for x in data)
+        with pytest.raises(ValueError, match=f"batch_size must not leave .* {rows} rows in batches of {batch_size} do"):
+            trainer_for(student).fit(few, epochs=1, batch_size=batch_size)
+        assert student[1].num_batches_tracked == 0
+        assert torch.equal(torch.random.get_rng_state(), state)
+        images = torch.randn(65, 1, 3, 3)  # more than one value per channel even in one row
+        layers = nn.Conv2d(1, CLASSES, 2), nn.BatchNorm2d(CLASSES), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+        student = nn.Sequential(*layers)
+        assert len(trainer_for(student).fit((images, *(x[:65] for x in data[1:])), epochs=1)) == 1
 
     def test_targets_beside_a_teacher(self, data):
         with pytest.raises(ValueError, match=r"\(inputs, labels\) or \(inputs,\) under teacher="):
@@ -484,6 +547,13 @@ class TestMore:
             trainer_for(mlp(), teacher=teacher).fit((inputs[:9], labels[:9]), epochs=1)
         with pytest.raises(ValueError, match="an iterable does not say which rows"):
             trainer_for(mlp(), teacher=teacher).fit([(inputs, labels)], epochs=1)
+
+    def test_validation_data_without_targets_are_scored_on_labels(self, data):
+        inputs, _, labels = data
+        student = mlp()
+        history = trainer_for(student).fit(data, (inputs, labels), epochs=1)
+        assert history[0].val.loss == pytest.approx(F.cross_entropy(student(inputs), labels).item(), rel=1e-5)
+        assert math.isnan(history[0].val.soft_loss)
 
     def test_a_teacher_store_is_a_teacher_of_rows(self, data, tmp_path):
         inputs, _, labels = data
@@ -596,8 +666,9 @@ class TestMore:
         (expected,) = torch.autograd.grad(loss(student(tokens), targets), student.weight)
         torch.testing.assert_close(gradient, expected)
         targets[7] = math.nan
-        history = trainer_for(student, loss, **options).fit((tokens, targets), epochs=1, batch_size=4)
-        assert math.isnan(history[0].train.loss)
+        with pytest.raises(ValueError, match="the loss must stay finite"):
+            trainer_for(student, loss, **options).fit((tokens, targets), epochs=1, batch_size=4)
+        assert math.isnan(trainer_for(student, loss).evaluate((tokens, targets), batch_size=4).loss)
 
     def test_a_second_fit_begins_anew(self, data):
         from pydistill.callbacks import BestModel, EarlyStopping

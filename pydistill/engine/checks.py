@@ -10,7 +10,7 @@ from torch.autograd import forward_ad
 
 from pydistill.engine.batch import Options
 from pydistill.formulas import DIVERGENCES
-from pydistill.soft_targets import SoftTargets
+from pydistill.targets import SoftTargets
 
 try:
     from torch._subclasses.fake_tensor import FakeTensor as _FakeTensor

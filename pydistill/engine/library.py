@@ -19,7 +19,7 @@ from pydistill.engine.checks import (
     warn_of_probabilities,
 )
 from pydistill.formulas import DIVERGENCES, loss_dtype
-from pydistill.soft_targets import SoftTargets
+from pydistill.targets import SoftTargets
 
 _ARGUMENTS = (
     "Tensor student, Tensor? teacher, Tensor? labels, Tensor? sample_weight, Tensor? class_weight, "

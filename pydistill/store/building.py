@@ -7,20 +7,24 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pydistill.soft_targets import SoftTargets, top_k
+from pydistill.modules import as_input, float_dtype, mode
 from pydistill.store.sources import batches
 from pydistill.store.writer import Writer
+from pydistill.targets import SoftTargets, top_k
+from pydistill.teachers import teacher_outputs
 
 
 def fill(folder, manifest, request, rows, source, teacher, batch_size):
     """All rows that the folder does not hold yet; an error leaves those before it recorded."""
+    if isinstance(teacher, SoftTargets) and len(teacher) != rows:
+        raise ValueError(f"teacher must have a row per row of data, got {len(teacher)} for {rows}")
     writer = Writer(folder, manifest, request, rows)
     try:
         with _runnable(teacher) as run:
             for inputs in batches(source, writer.written, batch_size):
                 if writer.written + len(inputs) > rows:
                     raise ValueError(f"data must give the {rows} rows that it has, got more")
-                targets = _as_targets(run(inputs), writer.written, len(inputs))
+                targets = _as_targets(run(inputs, writer.written), writer.written, len(inputs))
                 writer.append(_cut(targets, request))
         if writer.written < rows:
             raise ValueError(f"data must give the {rows} rows that it has, got {writer.written}")
@@ -35,26 +39,27 @@ def fill(folder, manifest, request, rows, source, teacher, batch_size):
 
 @contextmanager
 def _runnable(teacher):
-    """The teacher as a function of a batch; a module's modes are restored one by one."""
+    """The teacher as a function of a batch and of the number of its first row."""
 
-    def run_callable(inputs):
+    def run_module(inputs, first):  # inference mode here only: a Dataset that keeps tensors must not get such ones
+        with torch.inference_mode():
+            return teacher(as_input(inputs, dtype))
+
+    def run_classifier(inputs, first):
+        return teacher_outputs(teacher, inputs.numpy() if isinstance(inputs, Tensor) else inputs)
+
+    def run_callable(inputs, first):
         with torch.no_grad():
             return teacher(inputs)
 
-    def run_module(inputs):  # inference mode here only: a Dataset that keeps tensors must not get such ones
-        with torch.inference_mode():
-            return teacher(inputs if isinstance(inputs, Tensor) else torch.tensor(inputs))
-
-    if not isinstance(teacher, torch.nn.Module):
-        yield run_callable
-        return
-    before = [(m, m.training) for m in teacher.modules()]
-    teacher.eval()
-    try:
-        yield run_module
-    finally:
-        for m, mode in before:
-            m.training = mode
+    if isinstance(teacher, torch.nn.Module):
+        dtype = float_dtype(teacher, None)
+        with mode(teacher, training=False):
+            yield run_module
+    elif isinstance(teacher, SoftTargets):
+        yield lambda inputs, first: teacher[first : first + len(inputs)]
+    else:
+        yield run_classifier if hasattr(teacher, "predict_proba") else run_callable
 
 
 def _as_targets(output, first, rows) -> SoftTargets:

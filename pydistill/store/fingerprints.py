@@ -1,6 +1,7 @@
 """What tells a stale store: digests of the data and of the teacher."""
 
 import hashlib
+import pickle
 
 import numpy as np
 import torch
@@ -9,7 +10,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from pydistill.store.digests import as_bytes, hash_rows
 from pydistill.store.sources import first_column, in_memory, reads_in_order
+from pydistill.targets import SoftTargets
 
+CALLABLE = "a callable"  # of which nothing is known
 _SAMPLED_ITEMS = 64
 
 
@@ -53,15 +56,33 @@ def _form(inputs) -> str:
     return f"{str(inputs.dtype).removeprefix('torch.')} {tuple(inputs.shape[1:])}"
 
 
-def teacher_fingerprint(teacher) -> str:
-    """Of a module's state; of a callable nothing can be known."""
-    if not isinstance(teacher, torch.nn.Module):
-        if not callable(teacher):
-            raise TypeError(f"teacher must be a module or a callable, got {type(teacher).__name__}")
-        return "a callable"
+def teacher_fingerprint(teacher, given=None) -> str:
+    """Of a module's state, a classifier's pickle, the bytes of targets; of a callable only what its user says it is."""
+    named = isinstance(teacher, torch.nn.Module | SoftTargets) or hasattr(teacher, "predict_proba")
+    if not named and not callable(teacher):
+        raise TypeError(
+            f"teacher must be a module, a fitted classifier, SoftTargets or a callable, got {type(teacher).__name__}"
+        )
+    if given is not None and (named or not isinstance(given, str)):
+        raise TypeError(f"fingerprint must be a string that stands for a callable teacher, got {given!r}")
+    if isinstance(teacher, torch.nn.Module):
+        return f"a module, sha256 {_parts_digest(teacher.state_dict())}"
+    if isinstance(teacher, SoftTargets):
+        parts = {"logits": teacher.logits, "indices": teacher.indices}
+        parts |= {f"log_partition {t:g}": x for t, x in teacher.log_partitions.items()}
+        return f"SoftTargets, sha256 {_parts_digest(parts)} {teacher.tail} {tuple(teacher.shape)}"
+    if named:
+        import joblib  # scikit-learn needs it
+
+        # A pickle's bytes change when it is loaded and written again; those of a loaded one stay.
+        return f"a {type(teacher).__name__}, {joblib.hash(pickle.loads(pickle.dumps(teacher)))}"
+    return CALLABLE if given is None else f"a callable, {given}"
+
+
+def _parts_digest(parts) -> str:
     digest = hashlib.sha256()
-    for name, value in sorted(teacher.state_dict().items()):
-        if isinstance(value, Tensor):  # extra state can be anything
+    for name, value in sorted(parts.items()):
+        if isinstance(value, Tensor):  # a module's extra state can be anything
             digest.update(f"{name} {value.dtype} {tuple(value.shape)} ".encode())
             digest.update(as_bytes(value))
-    return f"a module, sha256 {digest.hexdigest()[:32]}"
+    return digest.hexdigest()[:32]

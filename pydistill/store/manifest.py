@@ -6,6 +6,8 @@ import zlib
 
 import numpy as np
 
+from pydistill.checkpoint import flush_names
+from pydistill.files import write_through
 from pydistill.store.digests import file_crc
 
 _MANIFEST, _PARTIAL_MANIFEST = "manifest.json", "manifest.json.partial"
@@ -37,17 +39,10 @@ def read_manifest(folder) -> dict | None:
 
 def replace_manifest(folder, manifest):
     """Whole or not at all, and on disk when this returns."""
-    with open(folder / _PARTIAL_MANIFEST, "w") as file:
-        json.dump(manifest | {"checksum": manifest_crc(manifest)}, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
+    content = json.dumps(manifest | {"checksum": manifest_crc(manifest)}, indent=1)
+    write_through(folder / _PARTIAL_MANIFEST, content.encode())
     os.replace(folder / _PARTIAL_MANIFEST, folder / _MANIFEST)
-    if os.name == "posix":
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+    flush_names(folder)
 
 
 def check_holds_nothing(folder):

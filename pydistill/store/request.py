@@ -1,7 +1,9 @@
 """What a store is to hold: the options, checked. A later call for the same folder must ask for the same."""
 
 import math
+import warnings
 
+from pydistill.store.fingerprints import CALLABLE
 from pydistill.store.layout import DTYPES
 
 
@@ -40,4 +42,12 @@ def check_same(folder, manifest, given):
         raise ValueError(
             f"the store in {folder} was built with other {' and '.join(differ)}: {details}. Build into another folder, "
             "or delete this one"
+        )
+    if given.get("teacher") == CALLABLE:
+        warnings.warn(
+            f"the store in {folder} was built with a callable too, but whether it was this one cannot be told. Pass "
+            'fingerprint="..." to build and open, another string for another teacher; or pass a module, a fitted '
+            "classifier or SoftTargets as the teacher",
+            UserWarning,
+            stacklevel=3,
         )

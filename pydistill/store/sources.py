@@ -23,6 +23,8 @@ def as_source(data, batch_size=256):
     """What data stands for: a tensor or array, a Dataset, or an iterable of batches that starts anew each time."""
     if isinstance(data, tuple) and data and not isinstance(data[0], tuple | list):
         data = data[0]
+    if hasattr(data, "to_numpy"):
+        raise TypeError(f"data must hold a tensor or an array, got a {type(data).__name__}: pass its .to_numpy()")
     if isinstance(data, DataLoader):
         _check_order(data)
     elif isinstance(data, IterableDataset):

@@ -7,7 +7,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pydistill.soft_targets import SoftTargets
 from pydistill.store.building import fill
 from pydistill.store.fingerprints import measure, teacher_fingerprint
 from pydistill.store.layout import file_specs
@@ -15,6 +14,7 @@ from pydistill.store.manifest import check_files, check_holds_nothing, manifest_
 from pydistill.store.request import check_request, check_same
 from pydistill.store.sources import as_source
 from pydistill.store.writer import locked
+from pydistill.targets import SoftTargets
 
 
 class TeacherStore:
@@ -32,8 +32,10 @@ class TeacherStore:
     **Fingerprints** refuse a stale store. Of the data: a sha256 over dtype, shape and every byte of a tensor, an array,
     a TensorDataset, or all the batches of an iterable, which are read once more for it; of any other Dataset, and of a
     DataLoader that reads one in order, over 64 items at fixed places and the length alone. Only the inputs count, not
-    the labels. Of the teacher: over names, dtypes, shapes and bytes in its ``state_dict()``, so a change in its code
-    is not seen. Of a teacher that is a callable nothing can be known, and nothing is checked.
+    the labels. Of the teacher: over names, dtypes, shapes and bytes in a module's ``state_dict()``, so a change in its
+    code is not seen; over a classifier's pickle; over the numbers of SoftTargets. Of a callable nothing can be known:
+    ``fingerprint=``, a string that you change with it, stands for it, and without one a warning says that it was not
+    checked.
 
     **Checksums** (CRC-32, against accidents) cover every byte of every file.
 
@@ -71,6 +73,7 @@ class TeacherStore:
         tail="renormalize",
         dtype="float16",
         batch_size=256,
+        fingerprint=None,
     ) -> "TeacherStore":
         """Run the teacher over the data and store what it says; or go on where an earlier call stopped.
 
@@ -82,9 +85,15 @@ class TeacherStore:
 
         Args:
             folder: a path; made if missing. It must be empty or hold a store.
-            teacher: a module that maps a batch of inputs to logits ``(B, ..., C)``; it runs in eval mode (restored
-                afterwards) under ``torch.inference_mode``. Or a callable that maps a batch, as the data has it, to
-                logits or :class:`SoftTargets`: ``lambda x: SoftTargets.from_probs(forest.predict_proba(x))``.
+            teacher: one of
+
+                - a module that maps a batch of inputs to logits ``(B, ..., C)``; it runs in eval mode (restored
+                  afterwards) under ``torch.inference_mode``, and gets floating-point inputs in its own dtype;
+                - a fitted scikit-learn or XGBoost classifier, for rows that it was not fitted on, as in
+                  :func:`pydistill.teachers.teacher_outputs`;
+                - :class:`SoftTargets` with a row per row of data, such as the out-of-fold ones of
+                  :func:`pydistill.teachers.soft_targets`;
+                - a callable that maps a batch, as the data has it, to logits or SoftTargets.
             data: the inputs: a tensor or array with a row per item (a tuple of them: its first); a Dataset; or an
                 iterable of batches that can be gone through again, such as a DataLoader that does not shuffle. Of
                 items and batches that are tuples or lists the first column is the input.
@@ -93,6 +102,7 @@ class TeacherStore:
             tail: as in :meth:`SoftTargets.from_topk`, with ``k``.
             dtype: "float32", "float16" or "bfloat16", for the logits.
             batch_size: rows per batch; iterables bring their own.
+            fingerprint: a string that stands for a callable teacher when the store is used again.
 
         Raises:
             TypeError: data, batches or a teacher's output of another form.
@@ -105,7 +115,7 @@ class TeacherStore:
         request = check_request(k, temperatures, tail, dtype, batch_size)
         source = as_source(data, batch_size)
         rows, request["data"] = measure(source)
-        request["teacher"] = teacher_fingerprint(teacher)
+        request["teacher"] = teacher_fingerprint(teacher, fingerprint)
         folder = Path(folder).absolute()
         folder.mkdir(parents=True, exist_ok=True)
         with locked(folder):
@@ -123,13 +133,14 @@ class TeacherStore:
         return cls.open(folder, verify=finished)
 
     @classmethod
-    def open(cls, folder, *, data=None, teacher=None, verify=True) -> "TeacherStore":
+    def open(cls, folder, *, data=None, teacher=None, fingerprint=None, verify=True) -> "TeacherStore":
         """Open a finished store.
 
         Args:
             folder: its path.
             data: the inputs that the store must have been built from, in the same form; None: not checked.
             teacher: the teacher that it must have been built with; None: not checked.
+            fingerprint: the string that was given for a callable teacher.
             verify: compare every byte with the checksums. That reads all the files once, about a second per gigabyte
                 when they are in the page cache; without it only their sizes and headers are checked.
 
@@ -144,15 +155,15 @@ class TeacherStore:
             raise FileNotFoundError(errno.ENOENT, "there is no teacher store here: no manifest", str(folder))
         written, rows = manifest["rows_written"], manifest["layout"]["shape"][0]
         if written < rows:
+            then = "with the same arguments goes on from there" if written else "starts it anew"
             raise ValueError(
-                f"the store in {folder} is unfinished: it holds {written} of {rows} rows. TeacherStore.build with the "
-                "same arguments goes on from there"
+                f"the store in {folder} is unfinished: it holds {written} of {rows} rows. TeacherStore.build {then}"
             )
         given = {}
         if data is not None:
             given["data"] = measure(as_source(data))[1]
         if teacher is not None:
-            given["teacher"] = teacher_fingerprint(teacher)
+            given["teacher"] = teacher_fingerprint(teacher, fingerprint)
         check_same(folder, manifest, given)
         check_files(folder, manifest, checksums=verify)
         return cls(folder, manifest)
@@ -172,6 +183,7 @@ class TeacherStore:
 
         Args:
             rows: an index, a slice, a mask of all the rows, or a tensor, array or list of indices, of any shape.
+                ``(rows, ...)``, as scikit-learn writes it, is the same.
 
         Raises:
             IndexError: an index outside the rows, or a mask of another length.
@@ -180,6 +192,8 @@ class TeacherStore:
         # numpy's take checks the range and copies whole rows; torch's index_select takes half as long again, and
         # as_tensor and .long() 5 us each more than from_numpy and astype, of the 50 us that a batch of 64 takes.
         # Always a copy: writing to a tensor over a read-only map would end the process.
+        if isinstance(rows, tuple) and len(rows) == 2 and rows[1] is Ellipsis:
+            rows = rows[0]
         if isinstance(rows, slice):
             logits, *others = (array[rows].copy() for array in self._arrays)
         else:
@@ -233,7 +247,8 @@ def _reopen(cls, folder, checksum):
 def _as_indices(rows, count):
     """Indices as numpy's take wants them: a mask as the places where it is true."""
     if isinstance(rows, tuple):
-        raise TypeError(f"rows must be one index or a list of them, got the tuple {rows!r}")
+        types = ", ".join(type(x).__name__ for x in rows)
+        raise TypeError(f"rows must be one index, a slice or a list of indices, got a tuple ({types})")
     if isinstance(rows, list) and not rows:
         return np.empty(0, np.int64)
     indices = rows.numpy(force=True) if isinstance(rows, Tensor) else np.asarray(rows)

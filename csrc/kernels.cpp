@@ -69,6 +69,7 @@ class RowKernel {
   using ScanBlock = Sums (RowKernel::*)(const T*, const T*, int64_t, int, const Running&, int64_t);
   template <bool kSoft>
   static ScanBlock scan_block_for(HardExp hard);
+  void fetch_gradient(int64_t row, int64_t begin, int n) const;
   void rescale(RowState& state, const Running& max) const;
   PointSums second_pass(int64_t row, const RowState& state);
   double difference_pass(int64_t row, RowState& state);
@@ -93,8 +94,9 @@ class RowKernel {
   const T* class_weight_;
   double class_weight_sum_ = 0;
   Kind kind_;
-  bool soft_, hard_, write_, past_cache_;
+  bool soft_, hard_, write_;
   bool in_place_;      // the gradient goes over the student's logits
+  bool past_cache_;    // the gradient is written past the caches; in place the row is in one still
   bool scan_teacher_;  // the teacher has a value for every class, to be exponentiated
   bool third_;         // the gradient has something of scratch_.teacher
   bool keep_;
@@ -134,8 +136,8 @@ RowKernel<T>::RowKernel(const RowBatch& batch, bool past_cache)
       soft_(kind_ != Kind::none),
       hard_(batch.options.alpha < 1),
       write_(batch.gradient.data != nullptr),
-      past_cache_(past_cache),
       in_place_(write_ && batch.gradient.data == batch.student.data),
+      past_cache_(past_cache && !in_place_),
       scan_teacher_(kind_ == Kind::shortcut || kind_ == Kind::pointwise || kind_ == Kind::dkd),
       third_(scan_teacher_ || kind_ == Kind::mse),
       hard_exp_(how_to_exponentiate(soft_ && kind_ != Kind::mse, hard_, batch.options.temperature)),
@@ -175,6 +177,13 @@ const T* RowKernel<T>::read(const Matrix& m, int64_t row, int64_t begin, int n, 
   return buffer;
 }
 
+// Lines that the gradient will fill arrive while the block is being exponentiated.
+template <class T>
+void RowKernel<T>::fetch_gradient(int64_t row, int64_t begin, int n) const {
+  const char* end = batch_.gradient.at(row, begin + n);
+  for (const char* p = batch_.gradient.at(row, begin); p < end; p += 64) prefetch_to_write(p);
+}
+
 // The sums refer to the maxima so far; let them refer to new ones. Equal rows rise together: their cross sum stays
 // 0.
 template <class T>
@@ -195,11 +204,13 @@ void RowKernel<T>::rescale(RowState& state, const Running& max) const {
 template <class T>
 template <HardExp H, bool kSoft>
 Sums RowKernel<T>::scan_block(const T* s, const T* t, int64_t begin, int n, const Running& max, int64_t row) {
+  const bool last = begin + block >= batch_.classes;
+  const int64_t next_row = last ? row + 1 : row, next_begin = last ? 0 : begin + block;
   const auto pass = [&]<bool kKeep, bool kMasked>() {
     return exponentials<T, H, kSoft, kKeep, kMasked>(
         s, t, n, max.student, max.teacher, soft_base_, hard_base_, scratch_at(begin),
-        batch_.student.at(row, begin + block), size_of(batch_.student.dtype),
-        kSoft ? batch_.teacher.at(row, begin + block) : nullptr, size_of(batch_.teacher.dtype));
+        batch_.student.at(next_row, next_begin), size_of(batch_.student.dtype),
+        kSoft ? batch_.teacher.at(next_row, next_begin) : nullptr, size_of(batch_.teacher.dtype));
   };
   Sums sums = keep_ ? pass.template operator()<true, false>() : pass.template operator()<false, false>();
   // An infinite or NaN cross sum: perhaps 0 * inf at a masked class.
@@ -249,6 +260,7 @@ typename RowKernel<T>::RowState RowKernel<T>::scan(int64_t row) {
     if (b == 0) state.max = max;
     rescale(state, max);
     block_max_[b] = max;
+    if (write_ && !in_place_ && !past_cache_) fetch_gradient(row, begin, n);
     const Sums sums = (this->*scan_block_)(s, t, begin, n, max, row);
     if (in_place_)  // back: the cross-entropy and the argmax read the row again
       for (const Apart& a : apart) const_cast<T*>(s)[a.index - begin] = a.student;

@@ -105,7 +105,10 @@ inline Sums exponentials(const T* s, const T* t, int n, T student_max, T teacher
       if (tail) e[i] = first(e[i], k);
       student[i] = student[i] + e[i];
       if constexpr (kKeep) store(out.student + j + i * lanes, e[i]);
-      if constexpr (H == HardExp::square || H == HardExp::fourth) hard_sum[i] = hard_sum[i] + power<H>(e[i]);
+      if constexpr (H == HardExp::square || H == HardExp::fourth) {
+        const Vec<T> root = H == HardExp::square ? e[i] : e[i] * e[i];
+        hard_sum[i] = fma(root, root, hard_sum[i]);
+      }
     }
     if constexpr (kSoft)
       for (int i = 0; i < w; ++i) {

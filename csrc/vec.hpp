@@ -201,9 +201,11 @@ inline void stream(T* p, Vec<T> a) {
   store(p, a);
 }
 inline void prefetch(const char*) {}
+inline void prefetch_to_write(const char*) {}
 inline void stream_fence() {}
 #else
 inline void prefetch(const char* p) { _mm_prefetch(p, _MM_HINT_T0); }
+inline void prefetch_to_write(const char* p) { __builtin_prefetch(p, 1); }
 inline void stream_fence() { _mm_sfence(); }
 #if defined(__AVX512F__)
 inline Vec<float> max(Vec<float> a, Vec<float> b) { return {_mm512_max_ps(a.v, b.v)}; }
@@ -232,27 +234,27 @@ inline void stream(double* p, Vec<double> a) { _mm_stream_pd(p, a.v); }
 #endif
 
 // Sum and maximum over the lanes: the upper half onto the lower, until one is left. The order is fixed.
-template <int N, class T, class F>
-inline T over_lanes(const T* lane, F f) {
+template <int N, class T, class Lanes, class F>
+inline T over_lanes(Lanes a, F f) {
   if constexpr (N == 1) {
-    return *lane;
+    return a[0];
+  } else if constexpr (N == 2) {
+    return f(T(a[0]), T(a[1]));
   } else {
-    T half[N / 2];
-    for (int i = 0; i < N / 2; ++i) half[i] = f(lane[i], lane[i + N / 2]);
-    return over_lanes<N / 2>(half, f);
+    typedef T Half __attribute__((vector_size(N / 2 * sizeof(T))));
+    Half low, high;
+    std::memcpy(&low, &a, sizeof low);
+    std::memcpy(&high, reinterpret_cast<const char*>(&a) + sizeof low, sizeof high);
+    return over_lanes<N / 2, T>(Half(f(low, high)), f);
   }
 }
 template <class T>
 inline T sum(Vec<T> a) {
-  T lane[kLanes<T>];
-  store(lane, a);
-  return over_lanes<kLanes<T>>(lane, [](T x, T y) { return x + y; });
+  return over_lanes<kLanes<T>, T>(a.v, [](auto x, auto y) { return x + y; });
 }
 template <class T>
 inline T maximum(Vec<T> a) {
-  T lane[kLanes<T>];
-  store(lane, a);
-  return over_lanes<kLanes<T>>(lane, [](T x, T y) { return x > y ? x : y; });
+  return over_lanes<kLanes<T>, T>(a.v, [](auto x, auto y) { return x > y ? x : y; });
 }
 
 // exp2(d * c) for d <= 0 and c > 0; exactly 0 below 2^-126 (double: 2^-1022.5), NaN for NaN. Beside the rounding

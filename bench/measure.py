@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from bench.cases import Case
-from bench.contestants import TopkTeacher, formulas
+from bench.contestants import TopkTeacher, formulas, release_kept_memory
 from pydistill import top_k
 
 TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2, "float16": 2e-2}
@@ -108,7 +108,7 @@ def _exact_loss(case, s, t, y, value_is_kl):
 
 
 def seconds(contestant, leaves, constants) -> float:
-    """One step, into fresh memory where the contestant allocates it; its backend is entered before the clock starts."""
+    """One step, with logits of its own; the contestant's backend is entered before the clock starts."""
     leaves = fresh(leaves)
     with contestant.context():
         start = time.perf_counter()
@@ -162,10 +162,11 @@ def peak_buffers(case, contestant, leaves, constants) -> float | None:
 
 
 def _return_free_memory():
-    """What the allocator keeps for reuse would hide that a contestant needs it: 32 MB counted as nothing."""
+    """What allocators keep for reuse would hide that a contestant needs it: 32 MB counted as nothing."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
     if trim is not None:
         trim(0)
+    release_kept_memory()
 
 
 def _status(field):

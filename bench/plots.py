@@ -66,7 +66,7 @@ def _speedup(results):
 def _share_of_limit(results):
     figure, (axes,) = _axes("How near to the limit of memory: its time over pydistill's", "share of the limit")
     for label, name, ratio in (
-        ("fresh gradient: c = a + b", "limit", "over pydistill"),
+        ("gradient beside the logits: c = a + b", "limit", "over pydistill"),
         ("in place: a = a + b", "limit in place", "over in place"),
     ):
         share = [r["contestants"][name][ratio][0] if name in r["contestants"] else 0 for r in results]

@@ -2,11 +2,8 @@
 // pydistill/engine/compiled.py allocates, this unpacks, releases the GIL and calls.
 #include <pybind11/pybind11.h>
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 #include "evaluate.hpp"
+#include "gradient_memory.hpp"
 #include "parallel.hpp"
 
 namespace py = pybind11;
@@ -80,17 +77,6 @@ py::tuple run(const IsaVariant& isa, int threads, const LossOptions& options, in
                         r.soft_items, r.hard_items, r.teacher_sums_to_one);
 }
 
-// Fresh pages of 4 KiB cost more than the kernel; ask for large ones before the first write.
-void advise_huge_pages(uintptr_t start, int64_t bytes) {
-#if defined(__linux__)
-  constexpr uintptr_t page = 4096;
-  const uintptr_t begin = (start + page - 1) / page * page, end = (start + uintptr_t(bytes)) / page * page;
-  if (end > begin) madvise(address(begin), end - begin, MADV_HUGEPAGE);
-#else
-  (void)start, (void)bytes;
-#endif
-}
-
 }  // namespace
 
 PYBIND11_MODULE(_core, m) {
@@ -117,6 +103,11 @@ PYBIND11_MODULE(_core, m) {
   m.attr("SOURCE_HASH") = PYDISTILL_SOURCE_HASH;
   m.def("isa", &isa_named, py::return_value_policy::reference);
   m.def("usable_threads", &usable_threads);
-  m.def("advise_huge_pages", &advise_huge_pages);
+  py::class_<GradientMemory>(m, "GradientMemory", py::buffer_protocol())
+      .def(py::init<size_t>())
+      .def_buffer([](GradientMemory& memory) {
+        return py::buffer_info(static_cast<uint8_t*>(memory.data()), py::ssize_t(memory.bytes()));
+      })
+      .def_static("release", &GradientMemory::release);
   m.def("run", &run);
 }

@@ -133,7 +133,9 @@ def distillation_loss(
     forward_kl, jsd or skew_reverse_kl. Where the student has -inf and the teacher has mass, forward_kl is +inf with a
     finite gradient. A NaN or +inf logit makes that row NaN.
 
-    Memory: one buffer of the logits' size for the gradient, none with ``inplace``. A backward that starts from a
+    Memory: one buffer of the logits' size for the gradient, none with ``inplace``. On the compiled backend the largest
+    such buffer of 8 MiB or more is kept for the next step when it is freed, since new pages take as long as the loss;
+    under memory pressure the system takes it back (Linux). A backward that starts from a
     gradient other than 1 makes one more; scale with ``num_items`` instead. Logits and teacher are kept until backward,
     for a second derivative; changing them in place before it raises. For float16 logits and reduction="none" the
     gradient is computed in backward, so that a loss scaler acts before anything is rounded to float16. Second

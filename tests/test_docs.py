@@ -30,17 +30,33 @@ def test_public_names_have_examples(name):
     assert ">>>" in getattr(pydistill, name).__doc__
 
 
+def run_readme_block(number):
+    """What one of the README's three code blocks leaves behind, and what it prints."""
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert len(blocks) == 3
+    namespace, printed = {}, io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        exec(compile(blocks[number], "README.md", "exec"), namespace)
+    return namespace, printed.getvalue()
+
+
 @pytest.fixture(scope="module")
 def readme_loop():
-    """What the README's two code blocks leave behind, and what they print."""
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert len(blocks) == 2
-    printed = io.StringIO()
-    for block in blocks:
-        namespace = {}
-        with contextlib.redirect_stdout(printed):
-            exec(compile(block, "README.md", "exec"), namespace)
-    return namespace, printed.getvalue()
+    return run_readme_block(1)
+
+
+def test_readme_loss():
+    namespace, _ = run_readme_block(0)
+    assert torch.isfinite(namespace["student_logits"].grad).all()
+
+
+def test_readme_estimator(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    namespace, printed = run_readme_block(2)
+    assert namespace["model"].score(namespace["X_test"], namespace["y_test"]) > 0.93
+    assert "x smaller" in printed
+    layers = torch.nn.Linear(64, 32), torch.nn.ReLU(), torch.nn.Linear(32, 10)
+    pydistill.load_student("digits-student", torch.nn.Sequential(*layers))
 
 
 def test_readme_code_runs(readme_loop):
@@ -52,7 +68,7 @@ def test_readme_code_runs(readme_loop):
 def test_readme_figures_of_the_tutorial(readme_loop):
     """Mean maximum of the softmax of probabilities, and of a forest's on rows it has and has not seen."""
     namespace, _ = readme_loop
-    probs, forest = torch.tensor(namespace["probs"]), namespace["forest"]
+    probs, forest = namespace["targets"].logits.exp(), namespace["forest"]
     forest.fit(namespace["X"], namespace["y"])
     seen, unseen = (forest.predict_proba(namespace[rows]).max(1).mean() for rows in ("X", "X_test"))
     readme = " ".join((ROOT / "README.md").read_text().split())

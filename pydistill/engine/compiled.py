@@ -13,7 +13,7 @@ from pydistill.formulas import loss_dtype
 
 _DTYPE = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}  # enum DType
 _REDUCTION = {"none": 0, "sum": 1, "mean": 2}  # enum Reduction
-_HUGE_PAGE_BYTES = 8 << 20  # below, the allocator's own reuse beats fresh huge pages
+_KEPT_BYTES = 8 << 20  # below, the allocator's own reuse is as good
 
 
 def load_core():
@@ -136,9 +136,8 @@ class CompiledBackend:
         return Outcome(torch.scalar_tensor(result[2], dtype=loss_dtype(student)), *result[3:])
 
     def new_gradient(self, student):
-        """An uninitialised buffer for the gradient, on huge pages where that pays."""
-        gradient = torch.empty_like(student)
-        size = gradient.nbytes
-        if size >= _HUGE_PAGE_BYTES:
-            self._core.advise_huge_pages(gradient.data_ptr(), size)
-        return gradient
+        """An uninitialised buffer for the gradient; a large one in the memory of an earlier one that is gone."""
+        size = student.nbytes
+        if size < _KEPT_BYTES:
+            return torch.empty_like(student)
+        return torch.frombuffer(self._core.GradientMemory(size), dtype=student.dtype).view(student.shape)

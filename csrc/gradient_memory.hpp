@@ -1,0 +1,90 @@
+// Memory for a large gradient. New pages cost as much as the kernel, so the largest buffer that was given back is
+// kept for the next step. Meanwhile the system may take its pages without asking: they count as free (MADV_FREE).
+#pragma once
+
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+#include <new>
+#include <utility>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+namespace pydistill {
+
+class GradientMemory {
+ public:
+  explicit GradientMemory(size_t bytes) : bytes_(bytes) {
+    Pages* kept = kept_pages().exchange(nullptr);
+    if (kept && kept->bytes < bytes) keep(std::exchange(kept, nullptr));
+    pages_ = kept ? kept : map(bytes);
+  }
+  ~GradientMemory() { keep(pages_); }
+  GradientMemory(const GradientMemory&) = delete;
+  GradientMemory& operator=(const GradientMemory&) = delete;
+
+  void* data() const { return pages_->data; }
+  size_t bytes() const { return bytes_; }
+
+  // Gives what is kept back to the system.
+  static void release() { unmap(kept_pages().exchange(nullptr)); }
+
+ private:
+  struct Pages {
+    void* data;
+    size_t bytes;
+  };
+
+  // One place and no lock, which a forked child would inherit locked.
+  static std::atomic<Pages*>& kept_pages() {
+    static std::atomic<Pages*> pages{nullptr};
+    return pages;
+  }
+
+  // The larger of two stays.
+  static void keep(Pages* pages) {
+#if defined(__linux__)
+    madvise(pages->data, pages->bytes, MADV_FREE);
+    for (Pages* other = kept_pages().exchange(pages); other; other = kept_pages().exchange(pages)) {
+      if (other->bytes <= pages->bytes) return unmap(other);
+      pages = other;
+    }
+#else
+    unmap(pages);
+#endif
+  }
+
+#if defined(__linux__)
+  static Pages* map(size_t bytes) {
+    constexpr size_t huge_page = size_t(2) << 20;
+    const size_t size = (bytes + huge_page - 1) / huge_page * huge_page;
+    void* mapped = mmap(nullptr, size + huge_page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (mapped == MAP_FAILED) throw std::bad_alloc();
+    char* start = static_cast<char*>(mapped);
+    const size_t before = (huge_page - reinterpret_cast<uintptr_t>(start) % huge_page) % huge_page;
+    if (before > 0) munmap(start, before);
+    munmap(start + before + size, huge_page - before);
+    madvise(start + before, size, MADV_HUGEPAGE);
+    return new Pages{start + before, size};
+  }
+  static void unmap(Pages* pages) {
+    if (!pages) return;
+    munmap(pages->data, pages->bytes);
+    delete pages;
+  }
+#else
+  static Pages* map(size_t bytes) { return new Pages{::operator new(bytes, std::align_val_t(64)), bytes}; }
+  static void unmap(Pages* pages) {
+    if (!pages) return;
+    ::operator delete(pages->data, std::align_val_t(64));
+    delete pages;
+  }
+#endif
+
+  Pages* pages_;
+  size_t bytes_;
+};
+
+}  // namespace pydistill

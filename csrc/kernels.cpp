@@ -436,7 +436,9 @@ template <class T>
 int64_t RowKernel<T>::argmax(const Matrix& m, int64_t row, int64_t begin, T max) {
   const int n = count(begin);
   const T* x = read(m, row, begin, n, student_block_);
-  return begin + (std::find(x, x + n, max) - x);
+  int i = 0;
+  while (i + kLanes<T> <= n && !any_equal(load(x + i), set<T>(max))) i += kLanes<T>;
+  return begin + (std::find(x + i, x + n, max) - x);
 }
 
 // Ties go to the lowest class; a row with NaN has no maximum.

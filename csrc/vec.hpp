@@ -108,6 +108,25 @@ inline Vec<T> where_equal(Vec<T> x, Vec<T> y, Vec<T> a, Vec<T> b) {
   return {x.v == y.v ? a.v : b.v};
 }
 
+#if defined(__AVX512F__) && !defined(PYDISTILL_PORTABLE)
+inline bool any_equal(Vec<float> a, Vec<float> b) { return _mm512_cmpeq_ps_mask(a.v, b.v) != 0; }
+inline bool any_equal(Vec<double> a, Vec<double> b) { return _mm512_cmpeq_pd_mask(a.v, b.v) != 0; }
+#elif defined(__AVX2__) && !defined(PYDISTILL_PORTABLE)
+inline bool any_equal(Vec<float> a, Vec<float> b) {
+  return _mm256_movemask_ps(_mm256_cmp_ps(a.v, b.v, _CMP_EQ_OQ)) != 0;
+}
+inline bool any_equal(Vec<double> a, Vec<double> b) {
+  return _mm256_movemask_pd(_mm256_cmp_pd(a.v, b.v, _CMP_EQ_OQ)) != 0;
+}
+#else
+template <class T>
+inline bool any_equal(Vec<T> a, Vec<T> b) {
+  bool any = false;
+  for (int i = 0; i < kLanes<T>; ++i) any |= a[i] == b[i];
+  return any;
+}
+#endif
+
 // w * x, and 0 where w is 0, whatever x is. A NaN weight stays NaN.
 template <class T>
 inline Vec<T> times(Vec<T> w, Vec<T> x) {

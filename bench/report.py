@@ -77,7 +77,8 @@ def losses(results: list[dict]) -> str:
 def markdown(results: list[dict]) -> str:
     """The README's tables: times that each way of writing the loss takes, over pydistill's; and the divergences."""
     by_name = {result["name"]: result["contestants"] for result in results}
-    columns = [*(f"{name}: {LEGEND[name]}" for name in RIVALS), "in place, against the tutorial", "memory", "error"]
+    columns = [f"{name}: {LEGEND[name]}" for name in RIVALS]
+    columns += ["in place, against the tutorial", "new memory over kept", "memory", "error"]
     lines = ["| case | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
     for case in README_CASES:
         if case not in by_name:
@@ -86,6 +87,8 @@ def markdown(results: list[dict]) -> str:
         cells = [f"{all_[name]['over pydistill'][0]:.1f}" for name in RIVALS]
         in_place = all_["tutorial"]["over in place"]
         cells.append(f"{in_place[0]:.1f}" if in_place else "")
+        new = all_.get("pydistill, new memory")
+        cells.append(f"{new['over pydistill'][0]:.1f}" if new else "")
         buffers = [all_[name]["buffers"] for name in ("tutorial", "pydistill", "pydistill in place") if name in all_]
         cells.append(", ".join(f"{b:.1f}" for b in buffers) if None not in buffers else "")
         cells.append(f"{all_['tutorial']['error']:.0e}, {all_['pydistill']['error']:.0e}")

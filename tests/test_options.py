@@ -328,6 +328,21 @@ def test_metrics_say_which_num_items_were_used(variant):
         assert tuple(map(float, metrics.num_items)) == want
 
 
+@every_dtype
+@pytest.mark.parametrize("classes", [1, 5, 16, 37, 1100])
+def test_argmax_at_every_place(variant, classes, dtype):
+    """The first of equal maxima, in every lane, in tails and beyond a block."""
+    places = torch.arange(classes) if classes < 100 else torch.randint(classes, (60,))
+    from_place_on = torch.arange(classes) >= places.unsqueeze(1)
+    student = torch.where(from_place_on, 2.0, -1.0).to(dtype)
+    teacher = F.one_hot(places, classes).to(dtype)
+    _, metrics = metrics_of(student, teacher * 3 - 1, places)
+    assert (metrics.agreement, metrics.accuracy) == (1, 1)
+    if classes > 1:
+        _, metrics = metrics_of(student, teacher * 3 - 1, (places + 1) % classes)
+        assert metrics.accuracy == 0
+
+
 class Subclass(torch.Tensor):
     """A tensor subclass: its loss is the differentiable torch formula."""
 

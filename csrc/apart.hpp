@@ -66,12 +66,13 @@ void RowKernel<T>::add_apart(RowState& state) {
 template <class T>
 template <class D>
 PointSums RowKernel<T>::outcomes(int count) {
-  const T reference = log_ratio_[std::max_element(q_, q_ + count) - q_];
+  const double beta = options_.beta, rest = 1 - beta;
+  const T reference = T(D::reference(double(log_ratio_[std::max_element(q_, q_ + count) - q_]), beta, rest));
   double value = 0, h_sum = 0;
   for (int j = 0; j < count; j += kLanes<T>) {
     using One = Pack<1, T>;
-    const Point<One> x{One{load(p_ + j)}, One{load(q_ + j)}, One{load(log_ratio_ + j)}, One{set<T>(reference)},
-                       One{set<T>(T(options_.beta))}};
+    const Point<One> x{One{load(p_ + j)},      One{load(q_ + j)},    One{load(log_ratio_ + j)},
+                       One{set<T>(reference)}, One{set<T>(T(beta))}, One{set<T>(T(rest))}};
     const Vec<T> v = D::value(x).v[0], h = D::d_log_q(x).v[0];
     store(h_ + j, h);
     for (int i = 0; i < kLanes<T> && j + i < count; ++i) value += double(v[i]), h_sum += double(h[i]);
@@ -109,6 +110,7 @@ double RowKernel<T>::topk_term(int64_t row, double scale, RowState& state, Facto
     rest_mass = std::max(0.0, -std::expm1(log_teacher_sum - log_partition));
     if (std::isnan(log_partition)) rest_mass = log_partition;
   }
+  if (!(student_sum > 0)) return std::numeric_limits<double>::quiet_NaN();  // no softmax
   const double by_student = 1 / student_sum, by_teacher = std::exp(-log_partition);
   for (int k = 0; k < rest; ++k) {
     const Apart& a = apart_[size_t(k)];

@@ -6,38 +6,54 @@
 // times(w, x) is w * x, but 0 where w is 0: that is the limit of w * log w, and 0 * inf never arises.
 #pragma once
 
+#include <algorithm>
+#include <cmath>
+
 #include "vec.hpp"
 
 namespace pydistill::PYDISTILL_ISA {
 namespace {
 
 // log_ratio is log q - log p, from the logits: as a difference of two logs of p and q it would lose digits.
-// reference is its value at the student's largest class. All are Packs.
+// rest is 1 - beta, rounded once: near 1 the rounded beta has lost it. reference is D::reference of the row: the
+// factor of q in h at the student's largest class, for a D whose h would otherwise be large where q is, so that h
+// and its sum cancel. All are Packs.
 template <class P>
 struct Point {
-  P p, q, log_ratio, reference, beta;
+  P p, q, log_ratio, reference, beta, rest;
 };
 
-// How p and q lie to m = weight * p + (1 - weight) * q. Through the smaller of the two over the larger, so that
-// nothing overflows, and exactly 0, 0 and p where p = q.
+struct NoReference {
+  static double reference(double, double, double) { return 0; }
+};
+
+// p and q relative to their mixture m = of_p * p + of_q * q, where of_p + of_q = 1. Computed from smaller /
+// larger, so that nothing overflows, and as a sum of two numbers >= 0, so that nothing cancels when a weight is
+// tiny; exactly 0, 0 and p where p = q.
 template <class P>
 struct Mixture {
   P log_p_over_m, log_q_over_m, overlap;  // overlap: p * q / m
 
-  Mixture(const Point<P>& x, const P& weight) {
+  Mixture(const Point<P>& x, const P& of_p, const P& of_q) {
     const P one = constant(1, x.p), zero = constant(0, x.p);
     const P larger = max(x.p, x.q), smaller = where_positive(x.log_ratio, x.p, x.q);
-    const P m =
-        fma(where_positive(x.log_ratio, weight, one - weight), smaller / larger - one, one);  // over the larger
-    const P larger_over_m = -log(m);
+    const P ratio = smaller / larger;
+    const P m = fma(where_positive(x.log_ratio, of_q, of_p), one - ratio, ratio);  // over the larger
+    const P larger_over_m = -log(max(smallest(x.p), m));
     log_p_over_m = larger_over_m - max(zero, x.log_ratio);
     log_q_over_m = larger_over_m - max(zero, -x.log_ratio);
-    overlap = times(x.p, x.q / max(smallest(x.p), m * larger));
+    overlap = times(smaller, one / m);
   }
 };
 
+// log(q / m) of one class in double, from log q - log p.
+inline double log_q_over_mixture(double log_ratio, double of_p, double of_q) {
+  const double ratio = std::exp(-std::abs(log_ratio));
+  return -std::log(ratio + (log_ratio > 0 ? of_q : of_p) * (1 - ratio)) - std::max(0.0, -log_ratio);
+}
+
 // sum p (log p - log q). Its h is -p, whose sum is -1: the row kernel needs no second look at the row.
-struct ForwardKl {
+struct ForwardKl : NoReference {
   static auto value(const auto& x) { return -times(x.p, x.log_ratio); }
   static auto d_log_q(const auto& x) { return -x.p; }
 };
@@ -45,41 +61,45 @@ struct ForwardKl {
 // sum q (log q - log p). +inf, with a NaN gradient, where p is 0 and q is not. Without the reference h would be
 // large where student and teacher disagree, and its sum would cancel: 2.8 times the bound on the error at T = 0.5.
 struct ReverseKl {
+  static double reference(double log_ratio, double, double) { return log_ratio; }
   static auto value(const auto& x) { return times(x.q, x.log_ratio); }
   static auto d_log_q(const auto& x) { return times(x.q, x.log_ratio - x.reference); }
 };
 
 // beta KL(p, m) + (1 - beta) KL(q, m) with m = beta p + (1 - beta) q.
-struct Jsd {
-  static auto value(const auto& x) { return x.beta * times(x.p, Mixture(x, x.beta).log_p_over_m) + d_log_q(x); }
-  static auto d_log_q(const auto& x) {
-    return (constant(1, x.q) - x.beta) * times(x.q, Mixture(x, x.beta).log_q_over_m);
+struct Jsd : NoReference {
+  static auto value(const auto& x) {
+    return x.beta * times(x.p, Mixture(x, x.beta, x.rest).log_p_over_m) + d_log_q(x);
   }
+  static auto d_log_q(const auto& x) { return x.rest * times(x.q, Mixture(x, x.beta, x.rest).log_q_over_m); }
 };
 
 // KL(p, beta p + (1 - beta) q).
-struct SkewForwardKl {
-  static auto value(const auto& x) { return times(x.p, Mixture(x, x.beta).log_p_over_m); }
-  static auto d_log_q(const auto& x) { return (x.beta - constant(1, x.q)) * Mixture(x, x.beta).overlap; }
+struct SkewForwardKl : NoReference {
+  static auto value(const auto& x) { return times(x.p, Mixture(x, x.beta, x.rest).log_p_over_m); }
+  static auto d_log_q(const auto& x) { return -x.rest * Mixture(x, x.beta, x.rest).overlap; }
 };
 
 // KL(q, (1 - beta) p + beta q).
 struct SkewReverseKl {
-  static auto value(const auto& x) { return times(x.q, Mixture(x, constant(1, x.q) - x.beta).log_q_over_m); }
+  static double reference(double log_ratio, double beta, double rest) {
+    return log_q_over_mixture(log_ratio, rest, beta);
+  }
+  static auto value(const auto& x) { return times(x.q, Mixture(x, x.rest, x.beta).log_q_over_m); }
   static auto d_log_q(const auto& x) {
-    const auto rest = constant(1, x.q) - x.beta;
-    return value(x) + rest * Mixture(x, rest).overlap;
+    const Mixture m(x, x.rest, x.beta);
+    return times(x.q, m.log_q_over_m - x.reference) + x.rest * m.overlap;
   }
 };
 
 // 1/2 sum |p - q|. Where they are equal the derivative is taken as 0.
-struct TotalVariation {
+struct TotalVariation : NoReference {
   static auto value(const auto& x) { return constant(0.5, x.q) * abs(x.q - x.p); }
   static auto d_log_q(const auto& x) { return constant(0.5, x.q) * times(x.q - x.p, x.q / abs(x.q - x.p)); }
 };
 
 // 1/2 sum (sqrt p - sqrt q)^2.
-struct SquaredHellinger {
+struct SquaredHellinger : NoReference {
   static auto value(const auto& x) { return constant(0.5, x.q) * square(sqrt(x.q) - sqrt(x.p)); }
   static auto d_log_q(const auto& x) { return constant(0.5, x.q) * sqrt(x.q) * (sqrt(x.q) - sqrt(x.p)); }
 };

@@ -28,9 +28,16 @@ struct Counts {
   int64_t soft_rows = 0, labelled_rows = 0;
 };
 
+// A given denominator of 0 says that no row counts for the term anywhere.
+bool counts_somewhere(const RowBatch& batch, double items) {
+  return batch.reduction != Reduction::mean || items != 0;
+}
+
 // Which rows count, for what and how much. Fills `plans`; nothing of the caller's is written.
 Counts plan_rows(const RowBatch& batch, bool is_double, std::vector<RowPlan>& plans, Evaluation& result) {
   const LossOptions& options = batch.options;
+  const bool soft_counts = counts_somewhere(batch, batch.soft_items);
+  const bool hard_counts = counts_somewhere(batch, batch.hard_items);
   Counts counts;
   for (int64_t i = 0; i < batch.rows; ++i) {
     RowPlan& plan = plans[i];
@@ -51,12 +58,15 @@ Counts plan_rows(const RowBatch& batch, bool is_double, std::vector<RowPlan>& pl
       return counts;
     }
     if (weight == 0 || (ignored && !options.distill_unlabeled)) continue;
-    plan.weight = weight;
     counts.soft_items += weight;
-    ++counts.soft_rows;
-    if (plan.label < 0) continue;
-    counts.hard_items += weight * (batch.class_weight ? number(batch.class_weight, plan.label, is_double) : 1);
-    ++counts.labelled_rows;
+    if (plan.label >= 0)
+      counts.hard_items += weight * (batch.class_weight ? number(batch.class_weight, plan.label, is_double) : 1);
+    const bool carries_soft = soft_counts && options.alpha > 0;
+    const bool carries_hard = hard_counts && options.alpha < 1 && plan.label >= 0;
+    if (!carries_soft && !carries_hard) continue;  // its gradient is 0, whatever it holds
+    plan.weight = weight;
+    counts.soft_rows += soft_counts;
+    counts.labelled_rows += hard_counts && plan.label >= 0;
   }
   return counts;
 }
@@ -88,6 +98,9 @@ bool sums_to_one(const Matrix& row, int64_t classes) {
 
 double quotient(double sum, double items, int64_t rows) { return rows == 0 ? 0 : sum / items; }
 
+// Rounded as the loss is: a number beyond float32's range is inf there.
+double rounded(double x, bool is_double) { return is_double ? x : double(float(x)); }
+
 }  // namespace
 
 Evaluation evaluate(const RowBatch& batch, const IsaVariant& isa, int threads, const RowOutputs& out) {
@@ -101,16 +114,17 @@ Evaluation evaluate(const RowBatch& batch, const IsaVariant& isa, int threads, c
   result.teacher_sums_to_one =
       soft && batch.rows > 0 && !batch.teacher_indices && sums_to_one(batch.teacher, batch.classes);
 
-  result.soft_items = batch.soft_items > 0 ? batch.soft_items : counts.soft_items;
-  result.hard_items = batch.hard_items > 0 ? batch.hard_items : counts.hard_items;
+  result.soft_items = batch.soft_items >= 0 ? batch.soft_items : counts.soft_items;
+  result.hard_items = batch.hard_items >= 0 ? batch.hard_items : counts.hard_items;
   const bool mean = batch.reduction == Reduction::mean;
   const double soft_items = mean ? result.soft_items : 1, hard_items = mean ? result.hard_items : 1;
   for (int64_t i = 0; i < batch.rows; ++i) {
     RowPlan& plan = plans[i];
     const double scale = plan.weight * batch.grad_output *
                          (batch.row_grad_output ? number(batch.row_grad_output, i, is_double) : 1);
-    plan.soft_scale = soft ? options.alpha * scale / soft_items : 0;
-    plan.hard_scale = hard && plan.label >= 0 ? (1 - options.alpha) * scale / hard_items : 0;
+    plan.soft_scale = soft && counts.soft_rows ? options.alpha * scale / soft_items : 0;
+    plan.hard_scale =
+        hard && counts.labelled_rows && plan.label >= 0 ? (1 - options.alpha) * scale / hard_items : 0;
   }
 
   std::vector<RowOutcome> outcomes(batch.rows);
@@ -126,8 +140,8 @@ Evaluation evaluate(const RowBatch& batch, const IsaVariant& isa, int threads, c
   for (int64_t i = 0; i < batch.rows; ++i) {
     const RowOutcome& row = outcomes[i];
     const bool counts_here = plans[i].weight != 0;
-    const double soft_i = counts_here ? plans[i].weight * row.soft : 0;
-    const double hard_i = counts_here ? plans[i].weight * row.hard : 0;
+    const double soft_i = counts_here && counts.soft_rows ? plans[i].weight * row.soft : 0;
+    const double hard_i = counts_here && counts.labelled_rows ? plans[i].weight * row.hard : 0;
     soft_sum += soft_i;
     hard_sum += hard_i;
     agree += row.same_argmax;  // both are false in a row that does not count
@@ -141,9 +155,10 @@ Evaluation evaluate(const RowBatch& batch, const IsaVariant& isa, int threads, c
     soft_sum = quotient(soft_sum, soft_items, counts.soft_rows);
     hard_sum = quotient(hard_sum, hard_items, counts.labelled_rows);
   }
-  result.loss = (soft ? options.alpha * soft_sum : 0) + (hard ? (1 - options.alpha) * hard_sum : 0);
-  result.soft = soft ? soft_sum : kNan;
-  result.hard = hard ? hard_sum : kNan;
+  const double loss = (soft ? options.alpha * soft_sum : 0) + (hard ? (1 - options.alpha) * hard_sum : 0);
+  result.loss = rounded(loss, is_double);
+  result.soft = soft ? rounded(soft_sum, is_double) : kNan;
+  result.hard = hard ? rounded(hard_sum, is_double) : kNan;
   result.agreement =
       batch.want_argmax && soft && counts.soft_rows ? double(agree) / double(counts.soft_rows) : kNan;
   result.accuracy =

@@ -281,11 +281,12 @@ PointSums RowKernel<T>::second_pass(int64_t row, const RowState& state) {
                   T(1 / temperature_),
                   T(std::log(state.sums.student / state.sums.teacher)),
                   0,
-                  T(options_.beta)};
+                  options_.beta,
+                  1 - options_.beta};
   const int64_t best = argmax(batch_.student, row, state.student_block, state.max.student);
   T at_best = 0;
   if (best < batch_.classes) read_block(batch_.teacher.at(row, best), batch_.teacher.dtype, 1, &at_best);
-  z.reference = (z.teacher_max - at_best) * z.inverse_temperature - z.log_ratio;
+  z.log_ratio_at_best = (double(z.teacher_max) - double(at_best)) / temperature_ - double(z.log_ratio);
   PointSums total;
   for (int64_t begin = 0, b = 0; begin < batch_.classes; begin += block, ++b) {
     const int n = count(begin);
@@ -490,7 +491,6 @@ RowOutcome RowKernel<T>::run(int64_t row, const RowPlan& plan) {
     case Kind::mse:
       outcome.soft = difference_pass(row, state);
       factors.third = 2 * plan.soft_scale / double(batch_.classes);
-      if (std::isnan(outcome.soft)) factors.third = outcome.soft;  // all of the row
       break;
     case Kind::topk:
     case Kind::dkd:
@@ -498,6 +498,10 @@ RowOutcome RowKernel<T>::run(int64_t row, const RowPlan& plan) {
       outcome.soft =
           units * (kind_ == Kind::topk ? topk_term(row, scale, state, factors) : dkd_term(scale, state, factors));
       break;
+  }
+  if (std::isnan(outcome.soft)) {  // then so is the whole row's gradient, also where h does not see the NaN
+    factors.student = factors.third = outcome.soft;
+    for (Apart& a : apart_) a.gradient = outcome.soft;
   }
   if (hard_ && plan.label >= 0) outcome.hard = cross_entropy(row, plan, state);
   if (batch_.want_argmax && state.student_ordered) compare_argmax(row, plan, state, outcome);

@@ -55,10 +55,10 @@ struct RowBatch {
   const void* class_weight = nullptr;   // in the compute type
   LossOptions options;
   Reduction reduction = Reduction::mean;
-  double soft_items = 0, hard_items = 0;  // denominators of "mean"; 0: to be counted
-  double grad_output = 1;                 // folded into every row's scale,
-  const void* row_grad_output = nullptr;  // and this, per row, in the compute type
-  Matrix gradient;                        // data is null where no gradient is wanted; dtype as the student
+  double soft_items = -1, hard_items = -1;  // denominators of "mean"; negative: to be counted
+  double grad_output = 1;                   // folded into every row's scale,
+  const void* row_grad_output = nullptr;    // and this, per row, in the compute type
+  Matrix gradient;                          // data is null where no gradient is wanted; dtype as the student
   bool want_argmax = false;
 };
 

@@ -145,9 +145,9 @@ struct PointSums {
 template <class T>
 struct Normaliser {
   T student_max, teacher_max, inverse_temperature;
-  T log_ratio;  // of the student's sum to the teacher's
-  T reference;  // log q - log p at the student's maximum
-  T beta;
+  T log_ratio;               // of the student's sum to the teacher's
+  double log_ratio_at_best;  // log q - log p at the student's maximum
+  double beta, rest;         // rest: 1 - beta
 };
 // Flat: with a call left inside, value and h do not share what they have in common, and the pass takes thrice as
 // long.
@@ -157,6 +157,8 @@ template <class D, class T>
   const Vec<T> student_max = set<T>(z.student_max), teacher_max = set<T>(z.teacher_max);
   const Vec<T> inverse = set<T>(z.inverse_temperature), log_ratio = set<T>(z.log_ratio);
   const Vec<T> by_student = set<T>(student_factor), by_teacher = set<T>(teacher_factor);
+  const Vec<T> reference = set<T>(T(D::reference(z.log_ratio_at_best, z.beta, z.rest)));
+  const Vec<T> beta = set<T>(T(z.beta)), rest = set<T>(T(z.rest));
   Vec<T> value = set<T>(0), h_sum = value;
   for_each<T>(n, 0, [&](int start, int k, auto width) {
     constexpr int w = width;
@@ -167,7 +169,7 @@ template <class D, class T>
       x.p.v[i] = load(scratch.teacher + j) * by_teacher;
       x.q.v[i] = load(scratch.student + j) * by_student;
       x.log_ratio.v[i] = shifted * inverse - log_ratio;
-      x.reference.v[i] = set<T>(z.reference), x.beta.v[i] = set<T>(z.beta);
+      x.reference.v[i] = reference, x.beta.v[i] = beta, x.rest.v[i] = rest;
     }
     Pack<w, T> v = D::value(x), h = D::d_log_q(x);
     for (int i = 0; i < w; ++i) {

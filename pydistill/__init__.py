@@ -18,7 +18,7 @@ import torch  # noqa: F401  before the compiled core, so that both use torch's O
 
 from pydistill.engine.backend import BackendInfo, backend_info, use_backend
 from pydistill.evaluation import report
-from pydistill.functional import LossMetrics, distillation_loss
+from pydistill.functional import LossMetrics, distillation_loss, loss_items
 from pydistill.linear import LinearTeacher, linear_distillation_loss
 from pydistill.losses import DistillationLoss, LinearDistillationLoss
 from pydistill.shipping import load_student, save_student
@@ -45,6 +45,7 @@ __all__ = [
     "distillation_loss",
     "linear_distillation_loss",
     "load_student",
+    "loss_items",
     "report",
     "save_student",
     "soft_targets",

@@ -19,19 +19,23 @@ from torch import Tensor
 class Point(NamedTuple):
     """Probabilities of teacher (p) and student (q), elementwise, and log q - log p, from the logits.
 
-    ``reference`` is a number of the row, near log_ratio where q is large: h may be off by a constant times q.
+    ``rest`` is 1 - beta, rounded once. ``reference`` is a number of the row, the factor of q in h where q is largest: h
+    may be off by a constant times q.
     """
 
     p: Any
     q: Any
     log_ratio: Any
+    beta: Any
+    rest: Any
     reference: Any
 
 
-def point(log_p, log_q) -> Point:
+def point(log_p, log_q, beta) -> Point:
     """From log-probabilities. Where both are -inf (a masked class) the ratio is 1: no NaN, in no derivative."""
     masked = (log_p == -math.inf) & (log_q == -math.inf)
-    return Point(log_p.exp(), log_q.exp(), torch.where(masked, 0, log_q - log_p), 0.0)
+    beta = 0.0 if beta is None else beta
+    return Point(log_p.exp(), log_q.exp(), torch.where(masked, 0, log_q - log_p), beta, 1 - beta, 0.0)
 
 
 def times(weight, x):
@@ -45,34 +49,47 @@ def root(x):
 
 
 class Mixture(NamedTuple):
-    """How p and q lie to ``m = weight * p + (1 - weight) * q``: log(p / m), log(q / m), p * q / m."""
+    """p and q relative to ``m = of_p * p + of_q * q``: log(p / m), log(q / m), p * q / m."""
 
     log_p: Any
     log_q: Any
     overlap: Any
 
 
-def mixture(x, weight) -> Mixture:
-    """Through exp(-|log q - log p|): nothing overflows, and exactly 0, 0 and p where p = q."""
+def mixture(x, of_p, of_q) -> Mixture:
+    """Computed from exp(-|log q - log p|), so that nothing overflows; the weights add up to 1.
+
+    m over the larger of p and q is a sum of two numbers >= 0: nothing cancels when a weight is tiny. Exactly 0, 0 and p
+    where p = q.
+    """
     above = x.log_ratio > 0
     difference = torch.where(above, -x.log_ratio, x.log_ratio)  # log of the smaller of p and q over the larger
-    of_smaller = torch.where(above, torch.full_like(difference, weight), torch.full_like(difference, 1 - weight))
-    larger = -torch.log1p(of_smaller * torch.expm1(difference))
+    of_larger = torch.where(above, torch.full_like(difference, of_q), torch.full_like(difference, of_p))
+    m = difference.exp() - of_larger * torch.expm1(difference)
+    larger = -m.clamp(min=torch.finfo(m.dtype).tiny).log()  # the clamp: a weight of 0 and a p or q of 0
     log_p = larger + torch.where(above, difference, 0)
     log_q = larger + torch.where(above, 0, difference)
     return Mixture(log_p, log_q, times(torch.minimum(x.p, x.q), larger.exp()))
 
 
-class Divergence(NamedTuple):
-    """``value(point, beta)`` and ``d_log_q(point, beta)``, both None where D is no sum over classes of these.
+def log_q_over_mixture(log_ratio, of_p, of_q):
+    """``log(q / m)`` of one class from log q - log p, all numbers."""
+    ratio = math.exp(-abs(log_ratio))
+    return -math.log(ratio + (of_q if log_ratio > 0 else of_p) * (1 - ratio)) - max(0.0, -log_ratio)
 
-    ``beta`` is the default, None where there is none; it may be at most ``largest_beta``, and at its ends be another
-    divergence. ``top_k`` names the tails of a top-k teacher with which the divergence is defined; ``zeros`` says
-    whether the teacher's probabilities may be 0.
+
+class Divergence(NamedTuple):
+    """``value(point)`` and ``d_log_q(point)``, both None where D is no sum over classes of these.
+
+    ``reference(log_ratio, beta, rest)`` gives a row's ``Point.reference``, from the student's largest class. ``beta``
+    is the default, None where there is none; it may be at most ``largest_beta``, and at its ends be another divergence.
+    ``top_k`` names the tails of a top-k teacher with which the divergence is defined; ``zeros`` says whether the
+    teacher's probabilities may be 0.
     """
 
     value: Callable | None
     d_log_q: Callable | None
+    reference: Callable = lambda log_ratio, beta, rest: 0.0
     beta: float | None = None
     largest_beta: float = 1.0
     ends: tuple = (None, None)
@@ -82,41 +99,46 @@ class Divergence(NamedTuple):
 
 DIVERGENCES = {
     "forward_kl": Divergence(
-        value=lambda x, beta: -times(x.p, x.log_ratio),
-        d_log_q=lambda x, beta: -x.p,
+        value=lambda x: -times(x.p, x.log_ratio),
+        d_log_q=lambda x: -x.p,
     ),
     "reverse_kl": Divergence(
-        value=lambda x, beta: times(x.q, x.log_ratio),
-        d_log_q=lambda x, beta: times(x.q, x.log_ratio - x.reference),
+        value=lambda x: times(x.q, x.log_ratio),
+        d_log_q=lambda x: times(x.q, x.log_ratio - x.reference),
+        reference=lambda log_ratio, beta, rest: log_ratio,
         top_k=("bucket",),
     ),
     "jsd": Divergence(
-        value=lambda x, beta: (
-            beta * times(x.p, mixture(x, beta).log_p) + (1 - beta) * times(x.q, mixture(x, beta).log_q)
+        value=lambda x: (
+            x.beta * times(x.p, mixture(x, x.beta, x.rest).log_p)
+            + x.rest * times(x.q, mixture(x, x.beta, x.rest).log_q)
         ),
-        d_log_q=lambda x, beta: (1 - beta) * times(x.q, mixture(x, beta).log_q),
+        d_log_q=lambda x: x.rest * times(x.q, mixture(x, x.beta, x.rest).log_q),
         beta=0.5,
         ends=("forward_kl", "reverse_kl"),
     ),
     "skew_forward_kl": Divergence(
-        value=lambda x, beta: times(x.p, mixture(x, beta).log_p),
-        d_log_q=lambda x, beta: (beta - 1) * mixture(x, beta).overlap,
+        value=lambda x: times(x.p, mixture(x, x.beta, x.rest).log_p),
+        d_log_q=lambda x: -x.rest * mixture(x, x.beta, x.rest).overlap,
         beta=0.1,
         ends=("forward_kl", None),
     ),
     "skew_reverse_kl": Divergence(
-        value=lambda x, beta: times(x.q, mixture(x, 1 - beta).log_q),
-        d_log_q=lambda x, beta: times(x.q, mixture(x, 1 - beta).log_q) + (1 - beta) * mixture(x, 1 - beta).overlap,
+        value=lambda x: times(x.q, mixture(x, x.rest, x.beta).log_q),
+        d_log_q=lambda x: (
+            times(x.q, mixture(x, x.rest, x.beta).log_q - x.reference) + x.rest * mixture(x, x.rest, x.beta).overlap
+        ),
+        reference=lambda log_ratio, beta, rest: log_q_over_mixture(log_ratio, rest, beta),
         beta=0.1,
         ends=("reverse_kl", None),
     ),
     "total_variation": Divergence(
-        value=lambda x, beta: abs(x.q - x.p) / 2,
-        d_log_q=lambda x, beta: times(x.q - x.p, x.q / abs(x.q - x.p)) / 2,
+        value=lambda x: abs(x.q - x.p) / 2,
+        d_log_q=lambda x: times(x.q - x.p, x.q / abs(x.q - x.p)) / 2,
     ),
     "squared_hellinger": Divergence(
-        value=lambda x, beta: (root(x.q) - root(x.p)) ** 2 / 2,
-        d_log_q=lambda x, beta: root(x.q) * (root(x.q) - root(x.p)) / 2,
+        value=lambda x: (root(x.q) - root(x.p)) ** 2 / 2,
+        d_log_q=lambda x: root(x.q) * (root(x.q) - root(x.p)) / 2,
     ),
     "mse": Divergence(None, None, top_k=(), zeros=False),
     "dkd": Divergence(None, None, beta=8.0, largest_beta=math.inf, top_k=()),
@@ -138,7 +160,7 @@ def soft_value(student, teacher, labels, options, indices=None, log_partitions=N
         log_p, log_q = log_softened(teacher, options.temperature), log_softened(student, options.temperature)
     else:
         log_p, log_q, _ = outcomes(student, teacher, indices, log_partitions, options.temperature)
-    return units * DIVERGENCES[options.divergence].value(point(log_p, log_q), options.beta).sum(-1)
+    return units * DIVERGENCES[options.divergence].value(point(log_p, log_q, options.beta)).sum(-1)
 
 
 def outcomes(student, teacher, indices, log_partitions, temperature):
@@ -178,8 +200,10 @@ def dkd(student, teacher, labels, temperature, beta):
         -times(torch.sigmoid(sign * p_odds), F.logsigmoid(sign * q_odds) - F.logsigmoid(sign * p_odds))
         for sign in (1, -1)
     )
-    within = point(log_p, log_q)
-    return first + beta * -times(within.p, within.log_ratio).sum(-1)
+    if beta == 0:  # 0 times the infinite KL of a masked class would be NaN
+        return first
+    within = point(log_p, log_q, None)
+    return first - beta * times(within.p, within.log_ratio).sum(-1)
 
 
 def log_within_others(logits, of_label, temperature):
@@ -197,19 +221,19 @@ def _log_sum_exp(x):
     return torch.where(nothing, -math.inf, torch.where(nothing.unsqueeze(-1), 0, x).logsumexp(-1))
 
 
-def loss_formula(batch, soft_items=None, hard_items=None):
+def loss_formula(batch):
     """The loss of a batch as differentiable torch operations: ``(loss, soft, hard)``.
 
     Right for any device, for tensor subclasses, under functorch transforms and for every order of derivative. Its
     memory is autograd's, several buffers of the logits' size. Nothing here looks at a value: it can be traced.
 
-    ``batch`` is an ``engine.checks.Batch``; temperature and alpha may be tensors. The two denominators replace the
-    counted ones of ``reduction="mean"``.
+    ``batch`` is an ``engine.batch.Batch``; temperature and alpha may be tensors.
     """
     options = batch.options
     soft_rows, labelled_rows, weight, labels = counted_rows(batch)
     dtype = loss_dtype(batch.student)
-    student = torch.where(soft_rows.unsqueeze(-1), batch.student.to(dtype), 0)
+    with_a_term = rows_with_a_term(batch, soft_rows, labelled_rows)
+    student = torch.where(with_a_term.unsqueeze(-1), batch.student.to(dtype), 0)
     zero = student.new_zeros(student.shape[:-1])
     soft = hard = zero
     if batch.teacher is not None:
@@ -229,9 +253,15 @@ def loss_formula(batch, soft_items=None, hard_items=None):
         soft, hard = soft.sum(), hard.sum()
     if options.reduction == "mean":
         counted = denominators(batch, soft_rows, labelled_rows, weight, labels)
-        soft = soft / (counted[0] if soft_items is None else soft_items)
-        hard = hard / (counted[1] if hard_items is None else hard_items)
+        soft = mean(soft, counted[0] if options.soft_items is None else options.soft_items, soft_rows)
+        hard = mean(hard, counted[1] if options.hard_items is None else options.hard_items, labelled_rows)
     return combine(options.alpha, soft, hard), soft, hard
+
+
+def mean(total, items, rows):
+    """``total / items``; 0 where no row counts, whatever the denominator."""
+    items = torch.as_tensor(items, dtype=total.dtype, device=total.device)
+    return total / torch.where(rows.any(), items, 1)
 
 
 def combine(alpha, soft, hard):
@@ -260,21 +290,30 @@ def counted_rows(batch):
     if weight is None:
         weight = batch.student.new_ones(rows, dtype=loss_dtype(batch.student))
     soft_rows = weight != 0
-    labelled_rows, labels = soft_rows, None
+    labelled_rows, labels = torch.zeros_like(soft_rows), None
     if batch.labels is not None:
         ignored = batch.labels == options.ignore_index
         labels = torch.where(ignored, 0, batch.labels).long()
         labelled_rows = soft_rows & ~ignored
         if options.unlabeled == "skip":
             soft_rows = labelled_rows
+    # A given denominator of 0 says that no row counts for the term anywhere.
+    if options.soft_items == 0:
+        soft_rows = torch.zeros_like(soft_rows)
+    if options.hard_items == 0:
+        labelled_rows = torch.zeros_like(labelled_rows)
     return soft_rows, labelled_rows, weight, labels
 
 
+def rows_with_a_term(batch, soft_rows, labelled_rows):
+    """Mask of the rows that count for a term that is evaluated; the gradient of the others is 0, whatever they hold."""
+    none = torch.zeros_like(soft_rows)
+    return (soft_rows if batch.options.alpha > 0 else none) | (labelled_rows if batch.options.alpha < 1 else none)
+
+
 def denominators(batch, soft_rows, labelled_rows, weight, labels):
-    """What "mean" divides the two terms by; 1 for a term that no row counts for, so that it stays 0."""
-    soft = torch.where(soft_rows, weight, 0).sum()
+    """What "mean" divides the two terms by; 0 for a term that no row counts for."""
     hard_weight = weight
     if batch.class_weight is not None and labels is not None:
         hard_weight = weight * batch.class_weight[labels]
-    hard = torch.where(labelled_rows, hard_weight, 0).sum()
-    return torch.where(soft_rows.any(), soft, 1), torch.where(labelled_rows.any(), hard, 1)
+    return torch.where(soft_rows, weight, 0).sum(), torch.where(labelled_rows, hard_weight, 0).sum()

@@ -1,4 +1,4 @@
-"""The public loss function."""
+"""The public loss function, and the denominators of its mean."""
 
 from typing import NamedTuple
 
@@ -9,12 +9,13 @@ from pydistill.engine import autograd, library
 from pydistill.engine.batch import Batch
 from pydistill.engine.checks import (
     check_options,
+    check_rows,
     check_teacher_form,
     check_tensors,
     wants_op,
     warn_of_probabilities,
 )
-from pydistill.formulas import loss_dtype
+from pydistill.formulas import counted_rows, denominators, loss_dtype
 
 
 class LossMetrics(NamedTuple):
@@ -106,9 +107,10 @@ def distillation_loss(
         reduction: "mean", "sum" or "none". Each term has its own weighted mean: the soft one divides by
             sum w_i, the hard one by sum w_i class_weight[y_i], over the rows that count for it; never by N * C.
             "none" gives ``(...)``. No row that counts (or no row): 0.
-        num_items: replaces the denominators of "mean": a positive number, a 0-d tensor, or a pair (soft, hard).
-            For gradient accumulation it is the count over all micro-batches; under DistributedDataParallel, which
-            averages over the ranks, the global count divided by the number of ranks.
+        num_items: replaces the denominators of "mean": a number >= 0, a 0-d tensor, or a pair (soft, hard);
+            :func:`loss_items` counts them. For gradient accumulation it is the count over all micro-batches; under
+            DistributedDataParallel, which averages over the ranks, the global count divided by the number of ranks.
+            0 says that no row counts for the term anywhere, and gives 0.
         inplace: permission to write the gradient over student_logits' storage, which saves a buffer of its size. The
             logits must not be needed afterwards: from then on they hold the gradient, and whatever reads them (a second
             loss, an argmax) reads that. Autograd raises only if an earlier operation had saved them. One backward only.
@@ -215,3 +217,71 @@ def make_metrics(outcome, student_logits) -> LossMetrics:
 
 def _with_metrics(outcome, student_logits, return_metrics):
     return (outcome.loss, make_metrics(outcome, student_logits)) if return_metrics else outcome.loss
+
+
+def loss_items(
+    labels, *, sample_weight=None, class_weight=None, ignore_index=-100, unlabeled="skip"
+) -> tuple[float, float]:
+    r"""Denominators of ``reduction="mean"`` for the rows of a batch: what :func:`distillation_loss` divides by.
+
+    .. math::
+        \text{soft} = \sum_i w_i \qquad \text{hard} = \sum_i w_i\, \text{class\_weight}[y_i]
+
+    each over the rows that count for the term. Add the pairs of all micro-batches and pass the sum as ``num_items`` to
+    each of them: losses and gradients then add up to those of one batch. Under DistributedDataParallel, which averages
+    over the ranks, pass the sum over all ranks divided by the number of ranks.
+
+    Args:
+        labels: class indices ``(...)``, int64 or int32. May be None where ``sample_weight`` says how many rows there
+            are: all of them are then without a label, and count for the soft term.
+        sample_weight: ``(...)``, finite and >= 0.
+        class_weight: ``(C,)``.
+        ignore_index, unlabeled: as in :func:`distillation_loss`.
+
+    Returns:
+        tuple[float, float]: the soft and the hard denominator, each 0 where no row counts.
+
+    Raises:
+        ValueError, TypeError: as :func:`distillation_loss`.
+        IndexError: a negative label, or one outside ``class_weight``, that is not ignore_index.
+
+    Numerics: sums in float64.
+
+    Example:
+        >>> import torch, pydistill
+        >>> labels = [torch.tensor([2, -100, 1]), torch.tensor([0])]  # of two micro-batches
+        >>> soft, hard = (sum(items) for items in zip(*map(pydistill.loss_items, labels)))
+        >>> soft, hard
+        (3.0, 3.0)
+        >>> logits, teacher = torch.randn(4, 5), torch.randn(4, 5)
+        >>> parts = [
+        ...     pydistill.distillation_loss(s, t, y, num_items=(soft, hard))
+        ...     for s, t, y in zip(logits.split([3, 1]), teacher.split([3, 1]), labels)
+        ... ]
+        >>> torch.allclose(sum(parts), pydistill.distillation_loss(logits, teacher, torch.cat(labels)))
+        True
+    """
+    options = check_options("forward_kl", None, 1.0, 0.5, True, ignore_index, unlabeled, 0.0, "mean", None)
+    if labels is None and sample_weight is None:
+        raise ValueError("labels must be given unless sample_weight says how many rows there are")
+    for name, tensor in (("labels", labels), ("sample_weight", sample_weight), ("class_weight", class_weight)):
+        if tensor is not None and not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+    rows = sample_weight if labels is None else labels
+    if sample_weight is not None and sample_weight.shape != rows.shape:
+        raise ValueError(
+            f"sample_weight must have the shape of labels, got {tuple(sample_weight.shape)} and {tuple(rows.shape)}"
+        )
+    if class_weight is not None and class_weight.dim() != 1:
+        raise ValueError(f"class_weight must have shape (C,), got {tuple(class_weight.shape)}")
+    classes = len(class_weight) if class_weight is not None else 1
+    if class_weight is None and labels is not None and labels.numel():
+        classes = max(1, int(labels.max()) + 1)
+    stand_in = torch.empty((), dtype=torch.float64, device=rows.device).expand(*rows.shape, classes)
+    _, sample_weight, class_weight, _ = check_tensors(
+        stand_in, None, labels, sample_weight, class_weight, soft=False, hard=False
+    )
+    batch = Batch(stand_in, None, labels, sample_weight, class_weight, None, None, options)
+    check_rows(batch)
+    soft, hard = denominators(batch, *counted_rows(batch))
+    return float(soft), float(hard)

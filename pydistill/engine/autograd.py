@@ -115,7 +115,7 @@ def split_inference(tensors):
 def _second_order(batch, grad_output):
     """The gradient as differentiable operations: the fused pass has none, and dropping them silently is wrong."""
     with torch.enable_grad():
-        loss, _, _ = loss_formula(batch, batch.options.soft_items, batch.options.hard_items)
+        loss, _, _ = loss_formula(batch)
         return torch.autograd.grad(loss, batch.student, grad_output, create_graph=True)[0]
 
 
@@ -185,9 +185,7 @@ def _run_formula(batch, metrics):
     soft_rows, labelled_rows, weight, labels = counted_rows(batch)
     if not in_functorch() and not batch.student.is_meta:  # neither has values to look at
         check_rows(batch)
-    if options.alpha == 1:  # the hard term is not evaluated; its labels only say which rows count
-        labels = None
-    loss, soft, hard = loss_formula(batch, options.soft_items, options.hard_items)
+    loss, soft, hard = loss_formula(batch)
     nan = float("nan")
     if not metrics:
         return loss, Outcome(loss, nan, nan, nan, nan, nan, nan, False)

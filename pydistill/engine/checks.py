@@ -19,6 +19,7 @@ except ImportError:
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 REDUCTIONS = ("none", "sum", "mean")
+SMALLEST_BETA = 1e-30  # of a mixture
 
 
 def check_options(
@@ -39,6 +40,11 @@ def check_options(
         if beta in (0, 1):
             end = entry.ends[int(beta)]
             divergence, beta = (divergence, beta) if end is None else (end, None)
+        elif beta < SMALLEST_BETA and entry.ends[0]:
+            raise ValueError(
+                f"beta of {divergence!r} must be 0, which is {entry.ends[0]!r}, or at least {SMALLEST_BETA:g}, since "
+                f"float32 cannot hold p / beta below that; got {beta!r}"
+            )
     if type(temperature) is not float:
         temperature = _number("temperature", temperature)
     if not 0 < temperature < math.inf:
@@ -105,8 +111,8 @@ def _check_num_items(num_items, reduction):
     if len(pair) != 2:
         raise ValueError(f"num_items must be a number or a pair (soft, hard), got {num_items!r}")
     items = tuple(_number("num_items", n) for n in pair)
-    if not all(0 < n < math.inf for n in items):
-        raise ValueError(f"num_items must be positive and finite, got {num_items!r}")
+    if not all(0 <= n < math.inf for n in items):
+        raise ValueError(f"num_items must be >= 0 and finite, got {num_items!r}")
     return items
 
 

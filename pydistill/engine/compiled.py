@@ -117,8 +117,8 @@ class CompiledBackend:
             0 if sample_weight is None else sample_weight.data_ptr(),
             0 if class_weight is None else class_weight.data_ptr(),
             _REDUCTION[options.reduction],
-            options.soft_items or 0.0,
-            options.hard_items or 0.0,
+            -1.0 if options.soft_items is None else options.soft_items,  # negative: to be counted
+            -1.0 if options.hard_items is None else options.hard_items,
             grad_output if row_grad_output is None else 1.0,
             0 if row_grad_output is None else row_grad_output.data_ptr(),
             0 if gradient is None else gradient.data_ptr(),

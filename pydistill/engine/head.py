@@ -12,7 +12,7 @@ from torch import Tensor
 from pydistill.engine.autograd import split_inference
 from pydistill.engine.batch import Batch, Outcome
 from pydistill.engine.checks import is_batched
-from pydistill.formulas import counted_rows, denominators, loss_dtype, loss_formula
+from pydistill.formulas import counted_rows, denominators, loss_dtype, loss_formula, rows_with_a_term
 
 SCRATCH_BYTES = 64 << 20
 _BLOCK_BYTES = 8 << 20  # of a half weight that is widened for a product
@@ -154,9 +154,13 @@ def run(student, teacher, batch, engine, chunk_rows, dtypes, wanted=(False,) * 3
         float(counted) if given is None else given
         for counted, given in zip(items, (options.soft_items, options.hard_items), strict=True)
     ]
-    if options.reduction == "mean":
-        options = options._replace(soft_items=items[0], hard_items=items[1])
-    counts = soft_rows if options.alpha > 0 else labelled_rows
+    if options.reduction == "mean":  # a count of 0 is left to the chunks, where rows of class weight 0 make it NaN
+        soft_items, hard_items = (
+            (counted or None) if given is None else given
+            for counted, given in zip(items, (options.soft_items, options.hard_items), strict=True)
+        )
+        options = options._replace(soft_items=soft_items, hard_items=hard_items)
+    counts = rows_with_a_term(batch, soft_rows, labelled_rows)
     kept = None if bool(counts.all()) else counts.nonzero().squeeze(1)
     rows = len(counts) if kept is None else len(kept)
     want_gradient = True in wanted
@@ -164,7 +168,8 @@ def run(student, teacher, batch, engine, chunk_rows, dtypes, wanted=(False,) * 3
     ours = _Products(student, dtypes[0], size, want_gradient)
     theirs = None if teacher is None else _Products(teacher, dtypes[1], size, False)
     # A float16 gradient that is divided by N underflows; it is divided after the products, which are wider.
-    unit = min(items) if dtypes[0] is torch.float16 and options.reduction == "mean" else 1.0
+    halved = dtypes[0] is torch.float16 and options.reduction == "mean"
+    unit = min((n for n in items if n > 0), default=1.0) if halved else 1.0
     gradients = _new_gradients(student, dtypes[0], wanted, kept is not None)
     totals = _Totals(batch, soft_rows, labelled_rows, metrics)
     for start in range(0, rows, size):
@@ -184,14 +189,6 @@ def run(student, teacher, batch, engine, chunk_rows, dtypes, wanted=(False,) * 3
             _add_gradients(gradients, ours, gradient, hidden, part, first=start == 0)
     if rows == 0:
         gradients = [None if x is None else x.zero_() for x in gradients]
-    for k, (given, some) in enumerate(
-        (
-            (batch.options.soft_items, soft_rows.any()),
-            (batch.options.hard_items, labels is not None and labelled_rows.any()),
-        )
-    ):
-        if given is None and not some:
-            items[k] = 0.0
     return Pass(totals.outcome(items), tuple(_finished(gradients, student, unit)))
 
 
@@ -360,9 +357,8 @@ def _differentiable(call, inputs, wanted, grad_output):
         if call.teacher is not None:
             with torch.no_grad():
                 teacher = call.teacher.logits()
-        options = call.batch.options
         batch = call.batch._replace(student=student, teacher=teacher)
-        loss, _, _ = loss_formula(batch, options.soft_items, options.hard_items)
+        loss, _, _ = loss_formula(batch)
         chosen = [x for x, want in zip(inputs, wanted, strict=True) if want]
         found = iter(torch.autograd.grad(loss, chosen, grad_output, create_graph=True))
         return [next(found) if want else None for want in wanted]

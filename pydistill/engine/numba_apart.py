@@ -56,8 +56,7 @@ def mse_row(s, t, soft_scale, settings, scratch):
             d = 0.0
         total += d * d
         scratch.teacher[j] = d
-    by_difference = math.nan if math.isnan(total) else 2 * soft_scale / len(s)
-    return total / len(s), (0.0, by_difference)
+    return total / len(s), (0.0, 2 * soft_scale / len(s))
 
 
 @_njit
@@ -84,10 +83,11 @@ def dkd_row(logit_s, logit_t, sums, scale, settings):
 
 def _topk_row(divergence):
     value_of, h_of = numba.njit(divergence.value), numba.njit(divergence.d_log_q)
+    reference_of = numba.njit(divergence.reference)
 
     def topk_row(s, t, index, partition, whole_max, sums, scale, settings, gradient):
         """Value and factors; the gradient of the classes apart goes into ``gradient``."""
-        temperature, beta, k = settings.temperature, settings.beta, len(index)
+        temperature, beta, rest, k = settings.temperature, settings.beta, settings.rest, len(index)
         teacher_max = -math.inf
         for j in range(k):
             teacher_max = max(teacher_max, float(t[j]))
@@ -96,6 +96,8 @@ def _topk_row(divergence):
         for j in range(k):
             student_sum += math.exp((float(s[index[j]]) - whole_max) / temperature)
             teacher_sum += math.exp((float(t[j]) - teacher_max) / temperature)
+        if not student_sum > 0:  # no softmax
+            return math.nan, (math.nan, 0.0), True, not teacher_sum > 0
         log_student_sum, log_teacher_sum = math.log(student_sum), math.log(teacher_sum)
         log_partition, rest_mass = log_teacher_sum, 0.0
         if len(partition) > 0:
@@ -110,11 +112,12 @@ def _topk_row(divergence):
             p[j], q[j], log_ratio[j] = math.exp(log_p), math.exp(log_q), log_q - log_p
         log_q = (sums.student_max - whole_max) / temperature + math.log(sums.student) - log_student_sum
         p[k], q[k], log_ratio[k] = rest_mass, math.exp(log_q), log_q - math.log(rest_mass)
-        reference = log_ratio[np.argmax(q)]
+        reference = reference_of(log_ratio[np.argmax(q)], beta, rest)
         value = h_sum = 0.0
         for j in range(k + 1):
-            value += value_of(Point(p[j], q[j], log_ratio[j], reference), beta)
-            p[j] = h_of(Point(p[j], q[j], log_ratio[j], reference), beta)
+            x = Point(p[j], q[j], log_ratio[j], beta, rest, reference)
+            value += value_of(x)
+            p[j] = h_of(x)
             h_sum += p[j]
         if not math.isfinite(h_sum):
             h_sum = math.nan
@@ -206,6 +209,9 @@ def _kernel(name, topk):
                     float(s[label]), float(t[label]), sums, scale, settings
                 )
             found.soft[row] = settings.units * value
+            if math.isnan(value):  # then so is the whole row's gradient, also where h does not see the NaN
+                factors = (math.nan, math.nan)
+                apart[:] = math.nan
             if settings.hard and label >= 0:
                 found.hard[row] = cross_entropy(s, label, whole, class_weight, settings)
             if settings.metrics and not no_student:

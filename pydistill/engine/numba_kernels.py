@@ -62,6 +62,7 @@ class _Settings(NamedTuple):
     temperature: float
     units: float  # T^2, or 1
     beta: float
+    rest: float  # 1 - beta
     smoothing: float
     class_weight_sum: float
 
@@ -249,23 +250,26 @@ def _root_of_scalar(x):
 
 
 @overload(formulas.mixture)
-def _mixture_of_scalars(x, weight):
-    """`formulas.mixture` where numba compiles a divergence."""
+def _mixture_of_scalars(x, of_p, of_q):
+    """`formulas.mixture` where numba compiles a divergence; from the ratio of p and q, as csrc/divergences.hpp."""
 
-    def mixture(x, weight):
-        r = x.log_ratio
-        if r > 0:
-            larger = -math.log1p(weight * math.expm1(-r))
-            log_p, log_q = larger - r, larger
-        else:
-            larger = -math.log1p((1 - weight) * math.expm1(r))
-            log_p, log_q = larger, larger + r
-        smaller = x.p if x.p < x.q else x.q
-        if smaller != 0:
-            smaller *= math.exp(larger)
-        return formulas.Mixture(log_p, log_q, smaller)
+    def mixture(x, of_p, of_q):
+        above = x.log_ratio > 0
+        smaller, larger = (x.p, x.q) if above else (x.q, x.p)
+        ratio = smaller / larger
+        m = ratio + (of_q if above else of_p) * (1 - ratio)
+        larger_over_m = -math.log(m)
+        log_p = larger_over_m - x.log_ratio if above else larger_over_m
+        log_q = larger_over_m if above else larger_over_m + x.log_ratio
+        return formulas.Mixture(log_p, log_q, smaller if smaller == 0 else smaller / m)
 
     return mixture
+
+
+@overload(formulas.log_q_over_mixture)
+def _log_q_over_mixture(log_ratio, of_p, of_q):
+    """`formulas.log_q_over_mixture` where numba compiles a divergence."""
+    return formulas.log_q_over_mixture
 
 
 # --- Passes over a block ------------------------------------------------------------------------------------
@@ -513,18 +517,20 @@ def _second_pass(divergence):
     log q - log p comes from the logits: as a difference of two logarithms of q and p it would lose digits.
     """
     value_of, h_of = numba.njit(divergence.value), numba.njit(divergence.d_log_q)
+    reference_of = numba.njit(divergence.reference)
 
-    def pointwise(s, t, e, f, by_e, by_f, sums, temperature, beta, reference):
+    def pointwise(s, t, e, f, by_e, by_f, sums, temperature, beta, rest, reference):
         real = s.dtype.type
         ms, mt, inverse = real(sums.student_max), real(sums.teacher_max), real(1 / temperature)
         shift = real(math.log(sums.student / sums.teacher))
         value = real(0)
         for j in range(len(s)):
             log_ratio = ((s[j] - ms) - (t[j] - mt)) * inverse - shift
-            value = accumulate(value, real(value_of(Point(f[j] * by_f, e[j] * by_e, log_ratio, reference), real(beta))))
+            x = Point(f[j] * by_f, e[j] * by_e, log_ratio, beta, rest, reference)
+            value = accumulate(value, real(value_of(x)))
         for j in range(len(s)):
             log_ratio = ((s[j] - ms) - (t[j] - mt)) * inverse - shift
-            f[j] = h_of(Point(f[j] * by_f, e[j] * by_e, log_ratio, reference), real(beta))
+            f[j] = h_of(Point(f[j] * by_f, e[j] * by_e, log_ratio, beta, rest, reference))
         return value, plain_sum(f)
 
     pointwise = _njit(pointwise, on_disk=False)
@@ -536,7 +542,8 @@ def _second_pass(divergence):
         reference = 0.0
         if best < len(s):
             log_sums = math.log(sums.student / sums.teacher)
-            reference = (sums.teacher_max - float(t[best])) / temperature - log_sums
+            at_best = (sums.teacher_max - float(t[best])) / temperature - log_sums
+            reference = reference_of(at_best, settings.beta, settings.rest)
         for block in range((len(s) + _BLOCK - 1) // _BLOCK):
             begin = block * _BLOCK
             end = min(begin + _BLOCK, len(s))
@@ -551,7 +558,8 @@ def _second_pass(divergence):
                 real(math.exp(teacher_drop / temperature) / sums.teacher),
                 sums,
                 temperature,
-                settings.beta,
+                real(settings.beta),
+                real(settings.rest),
                 real(reference),
             )
             value += float(of_block[0])
@@ -595,6 +603,8 @@ def _row_kernel(name):
                     value, h_sum = second_pass(s, t, sums, settings, scratch)
                     factors = (0.0, scale)
             found.soft[row] = settings.units * value
+            if math.isnan(value):  # then so is the whole row's gradient, also where h does not see the NaN
+                factors = (math.nan, math.nan)
             if settings.hard and label >= 0:
                 found.hard[row] = cross_entropy(s, label, whole, class_weight, settings)
             if settings.metrics and sums.student > 0:  # false for NaN
@@ -690,15 +700,20 @@ def _plan_rows(batch, grad_output):
     hard_weight = np.where(label >= 0, weight, 0)
     if batch.class_weight is not None and batch.labels is not None:
         hard_weight *= batch.class_weight.numpy()[np.maximum(label, 0)]
-    items = (
-        np.float64(options.soft_items or weight.sum()),
-        np.float64(options.hard_items or hard_weight.sum()),
-    )
+    counted = (weight.sum(), hard_weight.sum())
+    given = (options.soft_items, options.hard_items)
+    items = tuple(np.float64(c if g is None else g) for c, g in zip(counted, given, strict=True))
+    # A row without a term that is evaluated has gradient 0, whatever it holds; a given denominator of 0 says that no
+    # row counts for the term anywhere.
+    if options.hard_items == 0:
+        label[:] = -1
+    if options.alpha == 0 or options.soft_items == 0:
+        weight[label < 0 if options.alpha < 1 else slice(None)] = 0
 
     mean = options.reduction == "mean"
     scale = weight * (grad_output.detach().numpy() if isinstance(grad_output, torch.Tensor) else grad_output)
     with np.errstate(all="ignore"):  # 0 / 0 where no row counts for a term
-        soft_scale = options.alpha * scale / (items[0] if mean else 1)
+        soft_scale = options.alpha * scale / (items[0] if mean else 1) if options.soft_items != 0 else 0 * scale
         hard_scale = np.where(label >= 0, (1 - options.alpha) * scale / (items[1] if mean else 1), 0)
     return _Plan(label, weight, soft_scale, hard_scale), items
 
@@ -709,6 +724,7 @@ def _settings(batch, write, metrics):
     soft, hard = batch.teacher is not None, options.alpha < 1
     tempered = soft and options.divergence != "mse"
     temperature = options.temperature if tempered else 1.0
+    beta = 0.0 if options.beta is None else options.beta
     if batch.class_weight is None:
         class_weight = np.empty(0, _NUMPY_DTYPE[loss_dtype(batch.student)])
         class_weight_sum = float(batch.student.shape[1])
@@ -725,7 +741,8 @@ def _settings(batch, write, metrics):
         hard_exp=_how_to_exponentiate(tempered, hard, temperature),
         temperature=temperature,
         units=temperature**2 if options.t_squared else 1.0,
-        beta=0.0 if options.beta is None else float(options.beta),
+        beta=beta,
+        rest=1 - beta,
         smoothing=float(options.label_smoothing),
         class_weight_sum=class_weight_sum,
     )
@@ -796,13 +813,14 @@ def _new_scratch(classes, settings, dtype):
 def _reduce(batch, plan, found, items, metrics):
     """The batch's loss from its rows', in their order: the number of threads cannot change a bit."""
     options, dtype = batch.options, loss_dtype(batch.student)
-    counted, labelled = plan.weight != 0, plan.label >= 0
+    counted = (plan.weight != 0) & (options.soft_items != 0)
+    labelled = (plan.weight != 0) & (plan.label >= 0)
     terms = []
     for on, of_row, rows, denominator in (
         (batch.teacher is not None, found.soft, counted, items[0]),
         (options.alpha < 1, found.hard, labelled, items[1]),
     ):
-        term = plan.weight * of_row if on else np.full_like(of_row, math.nan)
+        term = np.where(rows, plan.weight * of_row, 0) if on else np.full_like(of_row, math.nan)
         if options.reduction != "none":
             term = term.sum() if on else math.nan
         if options.reduction == "mean" and rows.any():

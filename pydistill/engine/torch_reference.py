@@ -19,8 +19,10 @@ from pydistill.formulas import (
     log_softened,
     log_within_others,
     loss_dtype,
+    mean,
     outcomes,
     point,
+    rows_with_a_term,
     soft_value,
     times,
 )
@@ -48,23 +50,25 @@ class TorchBackend:
         dtype = loss_dtype(student)
         soft_rows, labelled_rows, weight, labels = counted_rows(batch)
         soft_items, hard_items = _items(batch, soft_rows, labelled_rows, weight, labels)
-        mean = options.reduction == "mean"
-        scale = weight * grad_output
-        soft_scale = options.alpha * scale / (soft_items if mean else 1)
-        hard_scale = (1 - options.alpha) * scale / (hard_items if mean else 1)
+        with_a_term = rows_with_a_term(batch, soft_rows, labelled_rows)
+        averaged = options.reduction == "mean"
+        scale = weight.double() * grad_output
+        soft_scale = options.alpha * scale / (soft_items if averaged else 1)
+        hard_scale = (1 - options.alpha) * scale / (hard_items if averaged else 1)
         soft, hard = torch.zeros(2, len(student), dtype=dtype)
         agree, correct = torch.zeros(2, len(student), dtype=torch.bool)
 
         step = max(1, _CHUNK_ELEMENTS // max(1, student.shape[-1]))
         for start in range(0, len(student), step):
             rows = slice(start, start + step)
-            counted = (soft_rows | labelled_rows)[rows].unsqueeze(-1)
+            counted = with_a_term[rows].unsqueeze(-1)
             s = torch.where(counted, student[rows].double(), 0)
             g = torch.zeros_like(s)
             if soft_on:
                 t = torch.where(counted, batch.teacher[rows].double(), 0)
                 others = (None if x is None else x[rows] for x in (labels, batch.teacher_indices, batch.log_partitions))
                 value, h = _soft_term(s, t, options, *others)
+                h = torch.where(value.isnan().unsqueeze(-1), math.nan, h)  # also where h does not see the NaN
                 soft[rows] = torch.where(soft_rows[rows], weight[rows] * value, 0)
                 g += torch.where(soft_rows[rows], soft_scale[rows], 0).unsqueeze(-1) * h
                 theirs = t.argmax(-1)
@@ -84,9 +88,8 @@ class TorchBackend:
         accuracy = _share(correct, labelled_rows) if metrics and labels is not None else math.nan
         if options.reduction != "none":
             soft, hard = soft.sum(dtype=torch.float64), hard.sum(dtype=torch.float64)
-        if mean:
-            soft = soft / soft_items if soft_rows.any() else soft
-            hard = hard / hard_items if labelled_rows.any() else hard
+        if averaged:
+            soft, hard = mean(soft, soft_items, soft_rows), mean(hard, hard_items, labelled_rows)
         loss = torch.as_tensor(combine(options.alpha, soft, hard), dtype=dtype)
         soft = soft if soft_on else torch.full_like(soft, math.nan)
         hard = hard if hard_on else torch.full_like(hard, math.nan)
@@ -104,7 +107,7 @@ def _soft_term(s, t, options, labels, indices, partitions):
     value = soft_value(s, t, labels, options, indices, partitions)
     if options.divergence == "mse":
         difference = torch.where((s == -math.inf) & (t == -math.inf), 0, s - t)
-        return value, torch.where(value.isnan().unsqueeze(-1), math.nan, difference * (2 / s.shape[-1]))
+        return value, difference * (2 / s.shape[-1])
     units = options.temperature**2 if options.t_squared else 1.0
     scale = units / options.temperature
     if options.divergence == "dkd":
@@ -112,8 +115,8 @@ def _soft_term(s, t, options, labels, indices, partitions):
     divergence = DIVERGENCES[options.divergence]
     if indices is not None:
         return value, scale * _topk_gradient(s, t, indices, partitions, options)
-    x = point(log_softened(t, options.temperature), log_softened(s, options.temperature))
-    h = divergence.d_log_q(x, options.beta)
+    x = point(log_softened(t, options.temperature), log_softened(s, options.temperature), options.beta)
+    h = divergence.d_log_q(x)
     return value, scale * (h - x.q * _sum_of(h))
 
 
@@ -125,8 +128,8 @@ def _sum_of(h):
 def _topk_gradient(s, t, indices, partitions, options):
     """h of the k classes and of the rest, whose share is spread over its classes as the student spreads it."""
     log_p, log_q, log_q_all = outcomes(s, t, indices, partitions, options.temperature)
-    x = point(log_p, log_q)
-    h = DIVERGENCES[options.divergence].d_log_q(x, options.beta)
+    x = point(log_p, log_q, options.beta)
+    h = DIVERGENCES[options.divergence].d_log_q(x)
     h_sum = _sum_of(h)
     within_rest = torch.where(log_q_all == -math.inf, 0, (log_q_all - log_q[..., -1:]).exp())
     gradient = times(within_rest, h[..., -1:]) - log_q_all.exp() * h_sum
@@ -173,6 +176,5 @@ def _items(batch, soft_rows, labelled_rows, weight, labels):
     options = batch.options
     weights = [w.double() if w is not None else None for w in (weight, batch.class_weight)]
     counted = denominators(batch._replace(class_weight=weights[1]), soft_rows, labelled_rows, weights[0], labels)
-    soft = float(counted[0]) if soft_rows.any() else 0.0
-    hard = float(counted[1]) if labelled_rows.any() and labels is not None else 0.0
-    return options.soft_items or soft, options.hard_items or hard
+    given = (options.soft_items, options.hard_items)
+    return [float(c) if g is None else g for c, g in zip(counted, given, strict=True)]

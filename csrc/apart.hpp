@@ -110,7 +110,7 @@ double RowKernel<T>::topk_term(int64_t row, double scale, RowState& state, Facto
     rest_mass = std::max(0.0, -std::expm1(log_teacher_sum - log_partition));
     if (std::isnan(log_partition)) rest_mass = log_partition;
   }
-  if (!(student_sum > 0)) return std::numeric_limits<double>::quiet_NaN();  // no softmax
+  if (!(student_sum > 0 && teacher_sum > 0)) return std::numeric_limits<double>::quiet_NaN();  // no softmax
   const double by_student = 1 / student_sum, by_teacher = std::exp(-log_partition);
   for (int k = 0; k < rest; ++k) {
     const Apart& a = apart_[size_t(k)];

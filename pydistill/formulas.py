@@ -174,7 +174,7 @@ def outcomes(student, teacher, indices, log_partitions, temperature):
     rest = log_q.masked_fill(apart, -math.inf) if indices.shape[-1] < student.shape[-1] else log_q[..., :0] - math.inf
     rest = _log_sum_exp(rest)
     log_p = log_softened(teacher, temperature)
-    log_p_rest = torch.full_like(rest, -math.inf)
+    log_p_rest = torch.where(log_p.isnan().any(-1), math.nan, torch.full_like(rest, -math.inf))
     if log_partitions is not None:
         top = (teacher / temperature).logsumexp(-1)
         less = (top.double() - log_partitions).clamp(max=0)

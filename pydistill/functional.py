@@ -8,6 +8,7 @@ from torch import Tensor
 from pydistill.engine import autograd, library
 from pydistill.engine.batch import Batch
 from pydistill.engine.checks import (
+    check_flags,
     check_options,
     check_rows,
     check_teacher_form,
@@ -157,6 +158,7 @@ def distillation_loss(
         >>> print(f"{loss.item():.4f}", student_logits.grad.shape)
         0.4104 torch.Size([2, 3])
     """
+    check_flags(inplace, return_metrics)
     if wants_op(student_logits):
         return _with_metrics(
             library.traced_loss(

@@ -9,10 +9,14 @@ from pydistill.engine import autograd, backend
 from pydistill.engine.batch import Batch
 from pydistill.engine.checks import (
     DTYPES,
+    check_flags,
     check_options,
     check_rows,
     check_teacher_form,
     check_tensors,
+    is_dtensor,
+    lost_storage,
+    no_storage,
     wants_op,
     warn_of_probabilities,
 )
@@ -168,6 +172,7 @@ def linear_distillation_loss(
 def _loss(student, teacher, labels, weights, options, chunk_rows, return_metrics):
     names = ("student_hidden", "student_weight", "student_bias")
     check_head_options(*student[3:], chunk_rows)
+    check_flags(False, return_metrics)
     student = _check_head(*student, names)
     head = teacher.head if isinstance(teacher, LinearTeacher) else None
     tensors = [*student[:3], *(head or ())[:3], labels, *weights.values()]
@@ -179,6 +184,12 @@ def _loss(student, teacher, labels, weights, options, chunk_rows, return_metrics
         loss = distillation_loss(student.logits(), teacher, labels, **weights, **options, return_metrics=return_metrics)
         backend.last_call.text += "; on the whole logits: " + (why or "another recorder than torch.compile")
         return loss
+    in_memory = dict(zip(names, student[:3], strict=True))
+    if head is not None:
+        in_memory |= {"the teacher's hidden": head.hidden, "the teacher's weight": head.weight}
+    for name, tensor in in_memory.items():
+        if tensor is not None and lost_storage(tensor):
+            raise no_storage(name, tensor)
     checked = check_options(**options)
     logits = student.stand_in()
     targets = teacher if head is None else head.stand_in()
@@ -228,6 +239,11 @@ def _check_head(hidden, weight, bias, softcap, scale, names) -> Head:
             raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
         if tensor.dtype not in DTYPES:
             raise TypeError(f"{name} must be float32, float64, bfloat16 or float16, got {tensor.dtype}")
+        if is_dtensor(tensor):
+            raise TypeError(
+                f"{name} must be a plain tensor, got a DTensor; let the sharded module compute the logits and pass "
+                f"them to distillation_loss ({name}.full_tensor() here would give a wrong gradient)"
+            )
     if weight.dim() != 2 or not hidden.dim() or hidden.shape[-1] != weight.shape[1]:
         raise ValueError(
             f"{names[0]} must be (..., H) and {names[1]} (C, H), got {tuple(hidden.shape)} and {tuple(weight.shape)}"

@@ -1,6 +1,8 @@
 """The forms in which a teacher can be given."""
 
 import math
+from collections.abc import Mapping
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
@@ -96,11 +98,13 @@ class SoftTargets:
                 alike; it needs the log-partition at the temperature of the loss.
 
         Raises:
-            ValueError: shapes that disagree, a class outside [0, C) or twice in a row, an unknown tail.
-            TypeError: indices that are no integers, logits that are no floating-point numbers.
+            ValueError: shapes that disagree, a class outside [0, C) or twice in a row, an unknown tail, a log-partition
+                that is less than the log-sum-exp of the row's k logits.
+            TypeError: indices or num_classes that are no integers, logits that are no floating-point numbers.
         """
         logits = _as_float_tensor(logits, "logits").detach()
-        indices = torch.as_tensor(indices)
+        num_classes = _whole_number("num_classes", num_classes)
+        indices = _as_tensor(indices, "indices")
         if indices.dtype not in (torch.int64, torch.int32):
             raise TypeError(f"indices must be int64 or int32, got {indices.dtype}")
         if indices.shape != logits.shape or not logits.shape[-1]:
@@ -115,8 +119,13 @@ class SoftTargets:
         indices, order = indices.long().sort(-1)  # ascending, as the kernels walk a row
         logits = logits.gather(-1, order)
         _check_indices(indices, num_classes)
-        partitions = {float(t): _as_partition(t, x, logits) for t, x in dict(log_partitions or {}).items()}
-        return cls(logits, indices=indices, classes=int(num_classes), log_partitions=partitions, tail=tail)
+        if log_partitions is not None and not isinstance(log_partitions, Mapping):
+            raise TypeError(
+                "log_partitions must be a dict {temperature: tensor of log-partitions}, got "
+                f"{type(log_partitions).__name__}"
+            )
+        partitions = dict(_as_partition(t, x, logits) for t, x in (log_partitions or {}).items())
+        return cls(logits, indices=indices, classes=num_classes, log_partitions=partitions, tail=tail)
 
     def select_classes(self, classes) -> "SoftTargets":
         """The targets over some of the classes, renormalised: for a teacher whose vocabulary is padded or larger.
@@ -138,12 +147,13 @@ class SoftTargets:
         if self.indices is not None:
             raise ValueError("select_classes: top-k targets have lost the other classes; select first, then take top_k")
         have = self.logits.shape[-1]
-        if isinstance(classes, int):
+        if isinstance(classes, Integral):
+            classes = _whole_number("classes", classes)
             if not 0 < classes <= have:
                 raise ValueError(f"classes must be in [1, {have}], the number that the targets have; got {classes}")
             logits = self.logits[..., :classes]
         else:
-            classes = torch.as_tensor(classes)
+            classes = _as_tensor(classes, "classes")
             if classes.dtype not in (torch.int64, torch.int32) or classes.dim() != 1:
                 raise TypeError(
                     f"classes must be a number or a 1-D tensor of indices, got {classes.dtype} {classes.dim()}-D"
@@ -199,10 +209,13 @@ def top_k(teacher_logits, k, temperatures=(1.0,), *, tail="renormalize") -> Soft
         >>> pydistill.distillation_loss(student_logits, teacher, alpha=1.0, temperature=2.0).backward()
     """
     logits = _as_float_tensor(teacher_logits, "teacher_logits").detach()
-    if not isinstance(k, int) or not 0 < k <= logits.shape[-1]:
+    k = _whole_number("k", k)
+    if not 0 < k <= logits.shape[-1]:
         raise ValueError(f"k must be a whole number in [1, {logits.shape[-1]}], the number of classes; got {k!r}")
     indices = logits.topk(k, dim=-1, sorted=False).indices.sort(-1).values
     values = logits.gather(-1, indices)  # in the order of the classes, which is the kernel's
+    if isinstance(temperatures, Real | Tensor):
+        raise TypeError(f"temperatures must be a sequence of numbers, such as (1.0, 2.0); got {temperatures!r}")
     partitions = {float(t): _log_partition(logits, t) for t in temperatures}
     if tail not in ("renormalize", "bucket"):
         raise ValueError(f'tail must be "renormalize" or "bucket", got {tail!r}')
@@ -211,6 +224,8 @@ def top_k(teacher_logits, k, temperatures=(1.0,), *, tail="renormalize") -> Soft
 
 def _log_partition(logits, temperature):
     """Log-sum-exp of logits / temperature in float64: what the top k lack of it may be little."""
+    if not isinstance(temperature, Real) or isinstance(temperature, bool):
+        raise TypeError(f"temperatures must be numbers, got {temperature!r}")
     if not 0 < temperature < math.inf:
         raise ValueError(f"temperatures must be positive and finite, got {temperature!r}")
     rows = logits.reshape(-1, logits.shape[-1])
@@ -220,15 +235,32 @@ def _log_partition(logits, temperature):
 
 
 def _as_partition(temperature, values, logits):
-    values = torch.as_tensor(values)
-    if not float(temperature) > 0:
-        raise ValueError(f"log_partitions must be keyed by temperatures > 0, got {temperature!r}")
+    if not isinstance(temperature, Real) or isinstance(temperature, bool):
+        raise TypeError(f"log_partitions must be keyed by temperatures, numbers; got {temperature!r}")
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"log_partitions must be keyed by temperatures > 0 and finite, got {temperature!r}")
+    values = _as_tensor(values, "log_partitions")
+    if not values.is_floating_point():
+        raise TypeError(f"log_partitions must be floating-point, got dtype {values.dtype}")
     if values.shape != logits.shape[:-1]:
         raise ValueError(
             f"log_partitions must have the shape of logits without its last dimension, got {tuple(values.shape)} at "
             f"temperature {temperature:g} and logits {tuple(logits.shape)}"
         )
-    return values.detach().double()
+    values_dtype, values = values.dtype, values.detach().double()
+    # Both may have been rounded, at the size of the logits: to the logits' dtype, or the log-partition to its own.
+    kept = (logits.double() / temperature).logsumexp(-1)
+    precision = max(torch.finfo(logits.dtype).eps, torch.finfo(values_dtype).eps)
+    slack = 1e-3 + 2 * precision * (logits.double().abs().amax(-1) / temperature)
+    below = (values < kept - slack).reshape(-1)
+    if below.any():
+        row = int(below.nonzero()[0])
+        raise ValueError(
+            f"log_partitions must be at least the log-sum-exp of the row's logits / temperature, a part of theirs; at "
+            f"temperature {temperature:g} row {row} holds {float(values.reshape(-1)[row]):.6g}, less than "
+            f"{float(kept.reshape(-1)[row]):.6g}"
+        )
+    return float(temperature), values
 
 
 def _check_indices(indices, num_classes):
@@ -243,10 +275,29 @@ def _check_indices(indices, num_classes):
         raise ValueError(f"indices must {rule}; row {row} holds {rows[row].tolist()}")
 
 
+def _whole_number(name, value) -> int:
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"{name} must be a whole number, got {value!r}")
+    return int(value)
+
+
+def _as_tensor(values, name) -> Tensor:
+    if isinstance(values, Tensor):
+        return values
+    try:
+        return torch.as_tensor(values)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(
+            f"{name} must be a tensor or an array of numbers, got {type(values).__name__}: {error}"
+        ) from error
+
+
 def _as_float_tensor(values, name) -> Tensor:
-    tensor = values if isinstance(values, Tensor) else torch.as_tensor(values)
+    tensor = _as_tensor(values, name)
     if not tensor.is_floating_point():
         raise TypeError(f"{name} must be floating-point, got dtype {tensor.dtype}")
+    if tensor.layout is not torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, got layout {tensor.layout}; pass {name}.to_dense()")
     if tensor.dim() == 0:
         raise ValueError(f"{name} must have the classes as its last dimension, got a scalar")
     return tensor

@@ -318,3 +318,23 @@ def test_address_that_is_no_multiple_of_the_element_size():
     loss = pydistill.distillation_loss(student, torch.randn(1, c).expand(n, c), alpha=1.0, inplace=True)
     loss.backward()
     assert leaf.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rows", [1, 2, 7, 8, 9])
+@pytest.mark.parametrize("divergence", ["forward_kl", "jsd"])
+def test_rows_that_overlap_in_memory(variant, divergence, rows, dtype):
+    """Windows over one vector, strides (1, 1): a gradient with the same strides as such rows would be wrong."""
+    student = torch.randn(rows + 7).to(dtype).unfold(0, 8, 1)
+    teacher = torch.randn(rows + 7).unfold(0, 8, 1)
+    assert student.stride() == teacher.stride() == (1, 1)
+    labels = torch.arange(rows) % 8
+    found = []
+    for s, t in ((student, teacher), (student.clone(memory_format=torch.contiguous_format), teacher.contiguous())):
+        leaf = s.detach().requires_grad_()  # detach keeps the strides
+        loss = pydistill.distillation_loss(leaf, t, labels, divergence=divergence, temperature=2.0)
+        found.append((loss.detach(), *torch.autograd.grad(loss, leaf)))
+    (loss, gradient), (want, of_want) = found
+    assert torch.equal(loss, want)
+    assert torch.equal(gradient, of_want)
+    assert gradient.is_contiguous()

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -278,3 +279,64 @@ class TestVocabulary:
             targets.select_classes(11)
         with pytest.raises(ValueError, match="select first"):
             pydistill.top_k(torch.zeros(2, 10), 2).select_classes(5)
+
+
+@pytest.mark.parametrize(
+    ("exception", "words", "change"),
+    [
+        (TypeError, "num_classes must be a whole number, got 5.5", {"num_classes": 5.5}),
+        (TypeError, "num_classes must be a whole number, got '5'", {"num_classes": "5"}),
+        (TypeError, "num_classes must be a whole number, got True", {"num_classes": True}),
+        (TypeError, r"log_partitions must be a dict .* got Tensor", {"log_partitions": torch.ones(1)}),
+        (TypeError, "log_partitions must be keyed by temperatures, numbers; got 'a'", {"log_partitions": {"a": [3.0]}}),
+        (ValueError, "keyed by temperatures > 0 and finite, got inf", {"log_partitions": {math.inf: [3.0]}}),
+        (TypeError, "log_partitions must be a tensor or an array", {"log_partitions": {1.0: "x"}}),
+        (TypeError, "log_partitions must be floating-point", {"log_partitions": {1.0: [3]}}),
+        (TypeError, "indices must be a tensor or an array", {"indices": "ab"}),
+        (TypeError, "logits must be a tensor or an array", {"logits": None}),
+    ],
+)
+def test_from_topk_refuses(exception, words, change):
+    call = {"indices": torch.tensor([[0, 2]]), "logits": torch.tensor([[1.0, 2.0]]), "num_classes": 5}
+    with pytest.raises(exception, match=words):
+        SoftTargets.from_topk(**call | change)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
+def test_log_partition_below_that_of_the_kept_logits(dtype):
+    """The kept classes are a part of the row: less than their own log-sum-exp is a mistake, such as a log-mean-exp."""
+    whole = (8 * torch.randn(5, 4, 300)).to(dtype)
+    kept = pydistill.top_k(whole, 10, temperatures=(1.0, 4.0))
+    for t in (1.0, 4.0):
+        exact = kept.log_partitions[t]
+        good = {t: exact}, {t: exact.to(dtype)}, {t: (kept.logits.double() / t).logsumexp(-1)}
+        for partitions in good:
+            SoftTargets.from_topk(kept.indices, kept.logits, 300, log_partitions=partitions, tail="bucket")
+        low = exact.clone()
+        low[2, 1] -= 3 + (kept.logits[2, 1].double().abs().max() / t) * 4 * torch.finfo(dtype).eps + 2
+        with pytest.raises(ValueError, match=f"log_partitions must be at least .* temperature {t:g} row 9 holds"):
+            SoftTargets.from_topk(kept.indices, kept.logits, 300, log_partitions={t: low}, tail="bucket")
+    with pytest.raises(ValueError, match="log_partitions must be at least"):
+        SoftTargets.from_topk(torch.tensor([[0]]), torch.tensor([[5.0]]), 3, log_partitions={1.0: torch.tensor([4.0])})
+
+
+def test_top_k_refuses():
+    logits = torch.randn(2, 5)
+    for k in (True, 2.0, "2", None):
+        with pytest.raises(TypeError, match=f"k must be a whole number, got {k!r}"):
+            pydistill.top_k(logits, k)
+    for temperatures in (1.0, torch.tensor(1.0)):
+        with pytest.raises(TypeError, match=r"temperatures must be a sequence of numbers, such as \(1.0, 2.0\)"):
+            pydistill.top_k(logits, 2, temperatures=temperatures)
+    with pytest.raises(TypeError, match="temperatures must be numbers, got '1'"):
+        pydistill.top_k(logits, 2, temperatures="1")
+
+
+def test_select_classes_refuses():
+    targets = SoftTargets.from_logits(torch.randn(2, 5))
+    with pytest.raises(TypeError, match="classes must be a whole number, got True"):
+        targets.select_classes(True)
+    for classes in (None, "ab", 2.5, torch.tensor(2.0)):
+        with pytest.raises(TypeError, match="classes must be"):
+            targets.select_classes(classes)
+    assert targets.select_classes(np.int64(3)).shape == (2, 3)

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from pydistill.engine import backend
 from pydistill.engine.batch import Batch, Outcome
-from pydistill.engine.checks import check_rows, in_forward_mode, in_functorch, is_batched
+from pydistill.engine.checks import check_dtensors, check_rows, in_forward_mode, in_functorch, is_batched
 from pydistill.formulas import counted_rows, denominators, loss_formula
 
 
@@ -22,6 +22,7 @@ def run(batch: Batch, inplace: bool, metrics: bool):
     """Loss of a checked batch of any number of dimensions: ``(loss, Outcome)``, differentiable in the student."""
     why = why_formula(batch[:7])
     if why is not None:
+        check_dtensors(zip(("student_logits", *batch._fields[1:7]), batch[:7], strict=True))
         backend.last_call.text = f"torch formula: {why}" + ("; inplace ignored" if inplace else "")
         return _run_formula(batch, metrics)
     student = batch.student

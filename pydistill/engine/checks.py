@@ -1,8 +1,9 @@
 """Validation, once, at the boundary. What passes here is what every backend may rely on."""
 
 import math
+import sys
 import warnings
-from numbers import Integral
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
@@ -20,6 +21,10 @@ except ImportError:
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 REDUCTIONS = ("none", "sum", "mean")
 SMALLEST_BETA = 1e-30  # of a mixture
+_SOFT_LABELS = (
+    ". Soft labels, as of mixup, are targets: distillation_loss(logits, SoftTargets.from_probs(labels), alpha=1.0) is "
+    "their cross-entropy but for a constant; add it to the teacher's term, each times its own weight"
+)
 
 
 def check_options(
@@ -59,9 +64,11 @@ def check_options(
         raise ValueError(f"label_smoothing must be in [0, 1], got {label_smoothing!r}")
     if t_squared is not True and t_squared is not False:
         raise TypeError(f"t_squared must be True or False, got {t_squared!r}")
-    if not isinstance(ignore_index, Integral):
-        raise TypeError(f"ignore_index must be an integer, got {ignore_index!r}")
-    if unlabeled not in ("skip", "distill"):
+    if type(ignore_index) is not int:
+        ignore_index = _integer("ignore_index", ignore_index)
+    if not -(2**63) <= ignore_index < 2**63:
+        raise ValueError(f"ignore_index must fit in 64 bits, as labels do, got {ignore_index}")
+    if not isinstance(unlabeled, str) or unlabeled not in ("skip", "distill"):
         raise ValueError(f'unlabeled must be "skip" or "distill", got {unlabeled!r}')
     if divergence == "dkd" and unlabeled == "distill" and alpha > 0:
         raise ValueError('unlabeled="distill": dkd needs the label of every row that counts')
@@ -86,10 +93,18 @@ def check_options(
 
 def check_reduction(reduction):
     """One of none, sum, mean; kl_div's name for the mean gets a hint."""
-    if reduction == "batchmean":
+    if isinstance(reduction, str) and reduction in REDUCTIONS:
+        return
+    if isinstance(reduction, str) and reduction == "batchmean":
         raise ValueError('reduction="batchmean": write "mean"; here it divides by the rows, never by rows * classes')
-    if reduction not in REDUCTIONS:
-        raise ValueError(f'reduction must be "none", "sum" or "mean", got {reduction!r}')
+    raise ValueError(f'reduction must be "none", "sum" or "mean", got {reduction!r}')
+
+
+def check_flags(inplace, return_metrics):
+    """The two switches that are no options of the batch."""
+    for name, value in (("inplace", inplace), ("return_metrics", return_metrics)):
+        if value is not True and value is not False:
+            raise TypeError(f"{name} must be True or False, got {value!r}")
 
 
 def _number(name, value) -> float:
@@ -98,10 +113,23 @@ def _number(name, value) -> float:
             raise TypeError(f"{name} must not require a gradient: none flows into it; pass {name}.detach()")
         if value.dim() != 0:
             raise ValueError(f"{name} must be a number or a 0-d tensor, got a tensor of shape {tuple(value.shape)}")
+        if value.dtype is torch.bool or value.is_complex():
+            raise TypeError(f"{name} must be a real number, got a tensor of dtype {value.dtype}")
         return float(value)
-    if isinstance(value, bool) or not hasattr(value, "__float__") or getattr(value, "ndim", 0) != 0:
+    dtype = getattr(value, "dtype", None)  # of numpy
+    real = isinstance(value, Real) if dtype is None else dtype.kind in "fiu" and value.ndim == 0
+    if isinstance(value, bool) or not real:
         raise TypeError(f"{name} must be a number or a 0-d tensor, got {value!r}")
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError:
+        raise ValueError(f"{name} must be a number that a float can hold, got {value!r}") from None
+
+
+def _integer(name, value) -> int:
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"{name} must be an integer, got {value!r}")
+    return int(value)
 
 
 def _check_num_items(num_items, reduction):
@@ -125,6 +153,7 @@ def check_tensors(student, teacher, labels, sample_weight, class_weight, *, soft
         raise TypeError(f"student_logits must be a tensor, got {type(student).__name__}")
     if student.dtype not in DTYPES:
         raise TypeError(f"student_logits must be float32, float64, bfloat16 or float16, got {student.dtype}")
+    _check_dense("student_logits", student)
     shape = student.shape
     if not shape or shape[-1] == 0:
         raise ValueError(f"student_logits must have at least one class in its last dimension, got shape {tuple(shape)}")
@@ -156,6 +185,7 @@ def _check_teacher(teacher, student):
         raise TypeError(f"teacher must be a tensor of logits or SoftTargets, got {type(teacher).__name__}")
     if teacher.dtype not in DTYPES:
         raise TypeError(f"teacher must be float32, float64, bfloat16 or float16, got {teacher.dtype}")
+    _check_dense("teacher", teacher)
     if shape != student.shape:
         raise ValueError(
             f"teacher must have the shape of student_logits, got teacher {tuple(shape)} and "
@@ -217,7 +247,9 @@ def _check_labels(labels, student):
     if not isinstance(labels, Tensor):
         raise TypeError(f"labels must be a tensor of class indices, got {type(labels).__name__}")
     if labels.dtype not in (torch.int64, torch.int32):
-        raise TypeError(f"labels must be class indices of dtype int64 or int32, got {labels.dtype}")
+        hint = _SOFT_LABELS if labels.is_floating_point() else ""
+        raise TypeError(f"labels must be class indices of dtype int64 or int32, got {labels.dtype}{hint}")
+    _check_dense("labels", labels)
     if labels.shape != student.shape[:-1]:
         hint = ""
         if student.dim() > 2 and labels.shape == student.shape[:1] + student.shape[2:]:
@@ -226,7 +258,20 @@ def _check_labels(labels, student):
             f"labels must have the shape of student_logits without its last dimension, got labels "
             f"{tuple(labels.shape)} and student_logits {tuple(student.shape)}{hint}"
         )
+    if student.dim() > 2 and labels.shape == student.shape[:1] + student.shape[2:]:
+        warnings.warn(
+            f"student_logits {tuple(student.shape)} with labels {tuple(labels.shape)}: the classes may be dimension 1 "
+            "or the last one, and are taken from the last. If they are dimension 1, pass "
+            "student_logits.movedim(1, -1), and the teacher's likewise",
+            UserWarning,
+            stacklevel=4,
+        )
     _check_device("labels", labels, student)
+
+
+def _check_dense(name, tensor):
+    if tensor.layout is not torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, got layout {tensor.layout}; pass {name}.to_dense()")
 
 
 def _check_weight(name, weight, student, shape):
@@ -234,6 +279,9 @@ def _check_weight(name, weight, student, shape):
         raise TypeError(f"{name} must be a tensor, got {type(weight).__name__}")
     if weight.requires_grad:
         raise TypeError(f"{name} must not require a gradient: none flows into it; pass {name}.detach()")
+    if weight.is_complex():
+        raise TypeError(f"{name} must be real, got dtype {weight.dtype}")
+    _check_dense(name, weight)
     if weight.shape != shape:
         raise ValueError(
             f"{name} must have shape {tuple(shape)}, got {tuple(weight.shape)} with student_logits "
@@ -307,6 +355,59 @@ _is_batched = getattr(_functorch, "is_batchedtensor", _never)
 _is_legacy_batched = getattr(_functorch, "is_legacy_batchedtensor", _never)
 _dispatch_modes = getattr(torch._C, "_len_torch_dispatch_stack", _never)
 _is_tracing = getattr(torch._C, "_is_tracing", torch.jit.is_tracing)
+
+
+def check_storage(batch):
+    """No tensor of a flat batch may have lost its memory, as one that FSDP has freed: its address is 0."""
+    for name, tensor in zip(batch._fields[:7], batch[:7], strict=True):
+        if tensor is not None and lost_storage(tensor):
+            raise no_storage(name, tensor)
+
+
+def lost_storage(tensor) -> bool:
+    """Whether a plain tensor with elements has no memory."""
+    return tensor.data_ptr() == 0 and tensor.numel() > 0
+
+
+def no_storage(name, tensor):
+    """The error for a tensor whose storage was freed."""
+    name = "student_logits" if name == "student" else name
+    return ValueError(
+        f"{name} must have memory; its shape is {tuple(tensor.shape)}, but its storage was freed (resized to 0). Is it "
+        "a parameter that FSDP has resharded?"
+    )
+
+
+def check_dtensors(named_tensors):
+    """DTensors are right only where torch's operations are: all of them together, and not under loss_parallel()."""
+    named_tensors = [(name, tensor) for name, tensor in named_tensors if tensor is not None]
+    distributed = [name for name, tensor in named_tensors if is_dtensor(tensor)]
+    if not distributed:
+        return
+    plain = [name for name, tensor in named_tensors if name not in distributed and tensor.dim() > 0]
+    if plain:
+        raise ValueError(
+            f"{', '.join(distributed)} must not be DTensors while {', '.join(plain)} are plain tensors: distribute all "
+            "of them over the same mesh, or pass each rank's own rows as plain tensors (x.to_local())"
+        )
+    if _loss_parallel_is_active():
+        raise ValueError(
+            f"{', '.join(distributed)} must not be used under torch.distributed.tensor.parallel.loss_parallel(): there "
+            "the gradient of torch's log_softmax is that of cross_entropy alone. Call the loss outside of it; "
+            "logits that are sharded over the classes are then gathered"
+        )
+
+
+def is_dtensor(tensor) -> bool:
+    """Told by the name: importing torch.distributed.tensor takes long."""
+    kind = type(tensor)
+    return kind.__name__ == "DTensor" and kind.__module__.startswith("torch.distributed")
+
+
+def _loss_parallel_is_active() -> bool:
+    dtensor = getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", None)
+    handlers = getattr(getattr(dtensor, "_op_dispatcher", None), "_custom_op_handlers", {})
+    return torch.ops.aten._log_softmax.default in handlers
 
 
 def check_rows(batch):

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from pydistill.engine.batch import Outcome
-from pydistill.engine.checks import bad_label, bad_weight
+from pydistill.engine.checks import bad_label, bad_weight, check_storage
 from pydistill.formulas import loss_dtype
 
 _DTYPE = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}  # enum DType
@@ -94,25 +94,32 @@ class CompiledBackend:
         rows, classes = student.shape
         per_row = options.reduction == "none"
         loss = soft = hard = None
+        if sample_weight is not None or class_weight is not None or indices is not None:
+            check_storage(batch)
         if per_row:
             loss, soft, hard = student.new_empty(3, rows, dtype=loss_dtype(student))
         row_grad_output = None if isinstance(grad_output, float) else grad_output
+        student_at = student.data_ptr()
+        teacher_at = 0 if teacher is None else teacher.data_ptr()
+        labels_at = 0 if labels is None else labels.data_ptr()
+        if not student_at or (teacher is not None and not teacher_at) or (labels is not None and not labels_at):
+            check_storage(batch)  # an address of 0: no rows, or no memory
         result = self._core.run(
             self._variant,
             torch.get_num_threads(),
             self._options.get(options) or self._make_options(options),
             rows,
             classes,
-            student.data_ptr(),
+            student_at,
             _DTYPE[student.dtype],
             student.stride()[0],  # a third of the time of stride(0), and every microsecond shows in a small batch
-            0 if teacher is None else teacher.data_ptr(),
+            teacher_at,
             0 if teacher is None else _DTYPE[teacher.dtype],
             0 if teacher is None else teacher.stride()[0],
             0 if indices is None else indices.data_ptr(),
             0 if indices is None else indices.shape[1],
             0 if partitions is None else partitions.data_ptr(),
-            0 if labels is None else labels.data_ptr(),
+            labels_at,
             labels is not None and labels.dtype is torch.int32,
             0 if sample_weight is None else sample_weight.data_ptr(),
             0 if class_weight is None else class_weight.data_ptr(),
@@ -139,5 +146,5 @@ class CompiledBackend:
         """An uninitialised buffer for the gradient; a large one in the memory of an earlier one that is gone."""
         size = student.nbytes
         if size < _KEPT_BYTES:
-            return torch.empty_like(student)
+            return torch.empty_like(student, memory_format=torch.contiguous_format)  # rows may overlap in memory
         return torch.frombuffer(self._core.GradientMemory(size), dtype=student.dtype).view(student.shape)

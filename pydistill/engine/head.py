@@ -274,7 +274,7 @@ class _Totals:
         """Of all chunks."""
         loss, soft, hard = self._sums
         if not self._per_row:
-            loss = torch.scalar_tensor(loss, dtype=self._dtype)
+            loss = torch.tensor(loss, dtype=self._dtype)  # scalar_tensor would refuse a sum beyond float32
         agreement, accuracy = (
             total / number if self._metrics and number else float("nan")
             for total, number in (

@@ -96,8 +96,8 @@ def _topk_row(divergence):
         for j in range(k):
             student_sum += math.exp((float(s[index[j]]) - whole_max) / temperature)
             teacher_sum += math.exp((float(t[j]) - teacher_max) / temperature)
-        if not student_sum > 0:  # no softmax
-            return math.nan, (math.nan, 0.0), True, not teacher_sum > 0
+        if not (student_sum > 0 and teacher_sum > 0):  # no softmax
+            return math.nan, (math.nan, 0.0), not student_sum > 0, not teacher_sum > 0
         log_student_sum, log_teacher_sum = math.log(student_sum), math.log(teacher_sum)
         log_partition, rest_mass = log_teacher_sum, 0.0
         if len(partition) > 0:

@@ -33,7 +33,7 @@ from numba.extending import intrinsic, overload
 
 from pydistill import formulas
 from pydistill.engine.batch import Outcome
-from pydistill.engine.checks import bad_label, bad_weight, sums_to_one
+from pydistill.engine.checks import bad_label, bad_weight, check_storage, sums_to_one
 from pydistill.formulas import DIVERGENCES, Point, combine, loss_dtype
 
 _BLOCK = 512  # elements: four arrays of a block fit in L1 together
@@ -642,6 +642,7 @@ class NumbaBackend:
 
     def evaluate(self, batch, gradient=None, grad_output=1.0, metrics=False) -> Outcome:
         """See :func:`pydistill.engine.backend.evaluate`."""
+        check_storage(batch)
         plan, items = _plan_rows(batch, grad_output)
         # Grad mode belongs to a thread: what the workers touch must not require a gradient.
         teacher = None if batch.teacher is None else batch.teacher.detach()
@@ -774,7 +775,8 @@ def _run_range(batch, gradient, begin, end, class_weight, plan, found, settings)
         step = max(1, _CHUNK_ELEMENTS // classes)
     for start in range(begin, end, step):
         rows = slice(start, min(start + step, end))
-        s, t = student[rows].to(dtype), teacher[rows].to(dtype)
+        # Converted rows are contiguous, also where the given ones overlap in memory.
+        s, t = (x[rows].to(dtype, memory_format=torch.contiguous_format) for x in (student, teacher))
         out = s
         if settings.write:
             out = gradient[rows] if gradient.dtype == dtype else torch.empty_like(s)

@@ -10,7 +10,7 @@ import math
 import torch
 
 from pydistill.engine.batch import Outcome
-from pydistill.engine.checks import check_rows, sums_to_one
+from pydistill.engine.checks import check_rows, check_storage, sums_to_one
 from pydistill.formulas import (
     DIVERGENCES,
     combine,
@@ -44,6 +44,7 @@ class TorchBackend:
     @torch.no_grad()
     def evaluate(self, batch, gradient=None, grad_output=1.0, metrics=False) -> Outcome:
         """See :func:`pydistill.engine.backend.evaluate`."""
+        check_storage(batch)
         check_rows(batch)
         options, student = batch.options, batch.student
         soft_on, hard_on = batch.teacher is not None, options.alpha < 1
@@ -55,7 +56,7 @@ class TorchBackend:
         scale = weight.double() * grad_output
         soft_scale = options.alpha * scale / (soft_items if averaged else 1)
         hard_scale = (1 - options.alpha) * scale / (hard_items if averaged else 1)
-        soft, hard = torch.zeros(2, len(student), dtype=dtype)
+        soft, hard = torch.zeros(2, len(student), dtype=torch.float64)
         agree, correct = torch.zeros(2, len(student), dtype=torch.bool)
 
         step = max(1, _CHUNK_ELEMENTS // max(1, student.shape[-1]))

@@ -6,17 +6,16 @@ import torch
 from torch import Tensor
 
 from pydistill.engine import autograd, backend
-from pydistill.engine.batch import Batch
+from pydistill.engine.batch import Batch, lost_storage, no_storage
 from pydistill.engine.checks import (
     DTYPES,
+    check_dense,
     check_flags,
     check_options,
     check_rows,
     check_teacher_form,
     check_tensors,
     is_dtensor,
-    lost_storage,
-    no_storage,
     wants_op,
     warn_of_probabilities,
 )
@@ -62,8 +61,13 @@ class LinearTeacher:
 
     def __getitem__(self, rows) -> "LinearTeacher":
         """The teacher of some rows: an index, a slice, a mask, or a tensor of indices, as in torch."""
-        chosen = object.__new__(type(self))
-        chosen.head = self.head._replace(hidden=self.head.hidden[rows])
+        hidden, chosen = self.head.hidden[rows], object.__new__(type(self))
+        if hidden.dim() == 0 or hidden.shape[-1] != self.head.hidden.shape[-1]:
+            raise IndexError(
+                f"rows must choose rows, not elements of them: hidden {tuple(self.head.hidden.shape)} would become "
+                f"{tuple(hidden.shape)}"
+            )
+        chosen.head = self.head._replace(hidden=hidden)
         return chosen
 
     def __repr__(self) -> str:
@@ -239,6 +243,7 @@ def _check_head(hidden, weight, bias, softcap, scale, names) -> Head:
             raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
         if tensor.dtype not in DTYPES:
             raise TypeError(f"{name} must be float32, float64, bfloat16 or float16, got {tensor.dtype}")
+        check_dense(name, tensor)
         if is_dtensor(tensor):
             raise TypeError(
                 f"{name} must be a plain tensor, got a DTensor; let the sharded module compute the logits and pass "
@@ -250,6 +255,12 @@ def _check_head(hidden, weight, bias, softcap, scale, names) -> Head:
         )
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"{names[2]} must be ({weight.shape[0]},), one per class, got {tuple(bias.shape)}")
+    for name, tensor in ((names[1], weight), (names[2], bias)):
+        if tensor is not None and tensor.device != hidden.device:
+            raise ValueError(
+                f"{name} and {names[0]} must be on one device, got {name} on {tensor.device} and {names[0]} on "
+                f"{hidden.device}"
+            )
     dtypes = {x.dtype for x in (hidden, weight, bias) if x is not None}
     if len(dtypes) > 1 and (not torch.is_autocast_enabled("cpu") or torch.float64 in dtypes):
         raise TypeError(

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from pydistill.engine.checks import check_options
+from pydistill.engine.checks import check_flags, check_options
 from pydistill.functional import distillation_loss
 from pydistill.linear import check_head_options, linear_distillation_loss
 
@@ -14,6 +14,7 @@ class _Loss(torch.nn.Module):
     def _store(self, options):
         super().__init__()
         check_options(*(options[name] for name in _CHECKED))
+        check_flags(options.get("inplace", False), options["return_metrics"])
         for name, value in options.items():
             if name in _TENSORS and value is not None and not isinstance(value, Tensor):
                 raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")

@@ -7,6 +7,8 @@ from numbers import Integral, Real
 import torch
 from torch import Tensor
 
+from pydistill.engine.batch import lost_storage, no_storage
+
 _SUM_TOLERANCE = {torch.float16: 1e-2, torch.bfloat16: 1e-2}
 
 
@@ -65,6 +67,8 @@ class SoftTargets:
             TypeError: not a floating-point tensor or array.
         """
         probs = _as_float_tensor(probs, "probs").detach()
+        if validate is not True and validate is not False:
+            raise TypeError(f"validate must be True or False, got {validate!r}")
         if validate:
             _check_probs(probs)
         wide = probs if probs.dtype in (torch.float32, torch.float64) else probs.float()
@@ -292,12 +296,22 @@ def _as_tensor(values, name) -> Tensor:
         ) from error
 
 
+def _has_address(tensor) -> bool:
+    try:
+        tensor.data_ptr()
+    except RuntimeError:  # inside a functorch transform
+        return False
+    return True
+
+
 def _as_float_tensor(values, name) -> Tensor:
     tensor = _as_tensor(values, name)
     if not tensor.is_floating_point():
         raise TypeError(f"{name} must be floating-point, got dtype {tensor.dtype}")
     if tensor.layout is not torch.strided:
         raise TypeError(f"{name} must be a dense tensor, got layout {tensor.layout}; pass {name}.to_dense()")
+    if type(tensor) is Tensor and tensor.is_cpu and _has_address(tensor) and lost_storage(tensor):
+        raise no_storage(name, tensor)
     if tensor.dim() == 0:
         raise ValueError(f"{name} must have the classes as its last dimension, got a scalar")
     return tensor

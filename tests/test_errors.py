@@ -70,6 +70,8 @@ BAD = [
     (ValueError, r"num_items must be a number or a 0-d tensor, got .*\(2,\)", {"num_items": torch.ones(2)}),
     (ValueError, "temperature must be a number that a float can hold", {"temperature": 10**400}),
     (TypeError, "temperature must be a real number, got a tensor of dtype torch.complex64", {"temperature": 1j * ONE}),
+    (ValueError, r"temperature must be in \[1e-30, 1e30\], .*; got 1e-40", {"temperature": 1e-40}),
+    (ValueError, r"temperature must be in \[1e-30, 1e30\], .*; got 1e\+308", {"temperature": 1e308}),
     (TypeError, "temperature must be a real number, got a tensor of dtype torch.bool", {"temperature": ONE.bool()}),
     (TypeError, r"alpha must be a number or a 0-d tensor, got \(0.5\+0j\)", {"alpha": 0.5 + 0j}),
     (TypeError, r"alpha must be a number or a 0-d tensor, got np.complex128", {"alpha": np.complex128(0.5)}),
@@ -398,6 +400,45 @@ def test_classes_that_may_be_either_dimension_are_warned_of(variant):
         for shape in ((2, 4, 5, 4), (2, 5, 4), (4, 4), (3, 4, 4, 5)):
             logits, labels = torch.randn(shape), torch.zeros(shape[:-1], dtype=torch.int64)
             pydistill.distillation_loss(logits, logits, labels)
+
+
+def test_targets_whose_storage_was_freed():
+    for make in (
+        pydistill.SoftTargets.from_logits,
+        pydistill.SoftTargets.from_probs,
+        pydistill.SoftTargets.from_log_probs,
+        lambda logits: pydistill.top_k(logits, 2),
+    ):
+        freed = torch.randn(N, C)
+        freed.untyped_storage().resize_(0)
+        with pytest.raises(ValueError, match=r"must have memory; .*storage was freed"):
+            make(freed)
+
+
+def test_head_that_is_not_where_its_hidden_states_are():
+    """A weight on the meta device had given a loss of unwritten memory."""
+    hidden, weight = torch.randn(N, 3), torch.randn(C, 3, device="meta")
+    with pytest.raises(ValueError, match="weight and hidden must be on one device, got weight on meta"):
+        pydistill.LinearTeacher(hidden, weight)
+    with pytest.raises(ValueError, match="student_weight and student_hidden must be on one device"):
+        pydistill.linear_distillation_loss(hidden, weight, torch.randn(N, C), alpha=1.0)
+    with pytest.raises(TypeError, match="weight must be a dense tensor"):
+        pydistill.LinearTeacher(hidden, torch.randn(C, 3).to_sparse())
+
+
+def test_rows_of_a_linear_teacher_are_rows():
+    teacher = pydistill.LinearTeacher(torch.randn(N, 3), torch.randn(C, 3))
+    assert teacher[1].shape == (C,)
+    assert teacher[1:, :].shape == (N - 1, C)
+    for rows in ((0, 0), (slice(None), slice(2))):
+        with pytest.raises(IndexError, match="rows must choose rows, not elements of them"):
+            teacher[rows]
+
+
+@pytest.mark.parametrize("option", [{"inplace": "no"}, {"return_metrics": "x"}, {"ignore_index": True}])
+def test_modules_refuse_what_the_functions_refuse(option):
+    with pytest.raises(TypeError, match=next(iter(option))):
+        pydistill.DistillationLoss(**option)
 
 
 # --- DTensors -------------------------------------------------------------------------------------------------

@@ -305,6 +305,9 @@ def test_soft_targets_reject(name):
     make = getattr(SoftTargets, f"from_{name}")
     with pytest.raises(TypeError, match=rf"{name} must be floating-point, got dtype torch\.int64"):
         make(torch.tensor([[1, 0]]))
+    if name == "probs":
+        with pytest.raises(TypeError, match="validate must be True or False, got 'no'"):
+            make(torch.ones(1, 1), validate="no")
     with pytest.raises(ValueError, match=rf"{name} must have the classes as its last dimension, got a scalar"):
         make(torch.tensor(1.0))
 

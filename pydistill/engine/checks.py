@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from pydistill.engine.batch import Options
+from pydistill.engine.batch import Options, lost_storage, no_storage
 from pydistill.formulas import DIVERGENCES
 from pydistill.targets import SoftTargets
 
@@ -21,6 +21,7 @@ except ImportError:
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 REDUCTIONS = ("none", "sum", "mean")
 SMALLEST_BETA = 1e-30  # of a mixture
+SMALLEST_TEMPERATURE = 1e-30
 _SOFT_LABELS = (
     ". Soft labels, as of mixup, are targets: distillation_loss(logits, SoftTargets.from_probs(labels), alpha=1.0) is "
     "their cross-entropy but for a constant; add it to the teacher's term, each times its own weight"
@@ -52,8 +53,8 @@ def check_options(
             )
     if type(temperature) is not float:
         temperature = _number("temperature", temperature)
-    if not 0 < temperature < math.inf:
-        raise ValueError(f"temperature must be positive and finite, got {temperature!r}")
+    if not SMALLEST_TEMPERATURE <= temperature <= 1 / SMALLEST_TEMPERATURE:
+        raise _bad_temperature(temperature)
     if type(alpha) is not float:
         alpha = _number("alpha", alpha)
     if not 0 <= alpha <= 1:
@@ -89,6 +90,12 @@ def check_options(
         soft_items,
         hard_items,
     )
+
+
+def _bad_temperature(temperature):
+    if not 0 < temperature < math.inf:
+        return ValueError(f"temperature must be positive and finite, got {temperature!r}")
+    return ValueError(f"temperature must be in [1e-30, 1e30], where float32 holds T and 1 / T; got {temperature!r}")
 
 
 def check_reduction(reduction):
@@ -153,7 +160,7 @@ def check_tensors(student, teacher, labels, sample_weight, class_weight, *, soft
         raise TypeError(f"student_logits must be a tensor, got {type(student).__name__}")
     if student.dtype not in DTYPES:
         raise TypeError(f"student_logits must be float32, float64, bfloat16 or float16, got {student.dtype}")
-    _check_dense("student_logits", student)
+    check_dense("student_logits", student)
     shape = student.shape
     if not shape or shape[-1] == 0:
         raise ValueError(f"student_logits must have at least one class in its last dimension, got shape {tuple(shape)}")
@@ -185,7 +192,7 @@ def _check_teacher(teacher, student):
         raise TypeError(f"teacher must be a tensor of logits or SoftTargets, got {type(teacher).__name__}")
     if teacher.dtype not in DTYPES:
         raise TypeError(f"teacher must be float32, float64, bfloat16 or float16, got {teacher.dtype}")
-    _check_dense("teacher", teacher)
+    check_dense("teacher", teacher)
     if shape != student.shape:
         raise ValueError(
             f"teacher must have the shape of student_logits, got teacher {tuple(shape)} and "
@@ -249,7 +256,7 @@ def _check_labels(labels, student):
     if labels.dtype not in (torch.int64, torch.int32):
         hint = _SOFT_LABELS if labels.is_floating_point() else ""
         raise TypeError(f"labels must be class indices of dtype int64 or int32, got {labels.dtype}{hint}")
-    _check_dense("labels", labels)
+    check_dense("labels", labels)
     if labels.shape != student.shape[:-1]:
         hint = ""
         if student.dim() > 2 and labels.shape == student.shape[:1] + student.shape[2:]:
@@ -269,7 +276,8 @@ def _check_labels(labels, student):
     _check_device("labels", labels, student)
 
 
-def _check_dense(name, tensor):
+def check_dense(name, tensor):
+    """Sparse tensors and those of other libraries' layouts have no rows in memory."""
     if tensor.layout is not torch.strided:
         raise TypeError(f"{name} must be a dense tensor, got layout {tensor.layout}; pass {name}.to_dense()")
 
@@ -281,7 +289,7 @@ def _check_weight(name, weight, student, shape):
         raise TypeError(f"{name} must not require a gradient: none flows into it; pass {name}.detach()")
     if weight.is_complex():
         raise TypeError(f"{name} must be real, got dtype {weight.dtype}")
-    _check_dense(name, weight)
+    check_dense(name, weight)
     if weight.shape != shape:
         raise ValueError(
             f"{name} must have shape {tuple(shape)}, got {tuple(weight.shape)} with student_logits "
@@ -362,20 +370,6 @@ def check_storage(batch):
     for name, tensor in zip(batch._fields[:7], batch[:7], strict=True):
         if tensor is not None and lost_storage(tensor):
             raise no_storage(name, tensor)
-
-
-def lost_storage(tensor) -> bool:
-    """Whether a plain tensor with elements has no memory."""
-    return tensor.data_ptr() == 0 and tensor.numel() > 0
-
-
-def no_storage(name, tensor):
-    """The error for a tensor whose storage was freed."""
-    name = "student_logits" if name == "student" else name
-    return ValueError(
-        f"{name} must have memory; its shape is {tuple(tensor.shape)}, but its storage was freed (resized to 0). Is it "
-        "a parameter that FSDP has resharded?"
-    )
 
 
 def check_dtensors(named_tensors):

@@ -2,6 +2,7 @@
 
 #include <cmath>
 #include <limits>
+#include <new>
 
 #include "half.hpp"
 #include "parallel.hpp"
@@ -28,6 +29,19 @@ struct Counts {
   int64_t soft_rows = 0, labelled_rows = 0;
 };
 
+class AlignedMemory {
+ public:
+  explicit AlignedMemory(size_t bytes) : data_(static_cast<char*>(::operator new(bytes, kAlignment))) {}
+  ~AlignedMemory() { ::operator delete(data_, kAlignment); }
+  AlignedMemory(const AlignedMemory&) = delete;
+  AlignedMemory& operator=(const AlignedMemory&) = delete;
+  char* data() const { return data_; }
+
+ private:
+  static constexpr std::align_val_t kAlignment{64};
+  char* data_;
+};
+
 // A given denominator of 0 says that no row counts for the term anywhere.
 bool counts_somewhere(const RowBatch& batch, double items) {
   return batch.reduction != Reduction::mean || items != 0;
@@ -38,6 +52,7 @@ Counts plan_rows(const RowBatch& batch, bool is_double, std::vector<RowPlan>& pl
   const LossOptions& options = batch.options;
   const bool soft_counts = counts_somewhere(batch, batch.soft_items);
   const bool hard_counts = counts_somewhere(batch, batch.hard_items);
+  const bool soft = soft_counts && options.alpha > 0, hard = hard_counts && options.alpha < 1;
   Counts counts;
   for (int64_t i = 0; i < batch.rows; ++i) {
     RowPlan& plan = plans[i];
@@ -61,9 +76,7 @@ Counts plan_rows(const RowBatch& batch, bool is_double, std::vector<RowPlan>& pl
     counts.soft_items += weight;
     if (plan.label >= 0)
       counts.hard_items += weight * (batch.class_weight ? number(batch.class_weight, plan.label, is_double) : 1);
-    const bool carries_soft = soft_counts && options.alpha > 0;
-    const bool carries_hard = hard_counts && options.alpha < 1 && plan.label >= 0;
-    if (!carries_soft && !carries_hard) continue;  // its gradient is 0, whatever it holds
+    if (!soft && !(hard && plan.label >= 0)) continue;  // no term: its gradient is 0, whatever it holds
     plan.weight = weight;
     counts.soft_rows += soft_counts;
     counts.labelled_rows += hard_counts && plan.label >= 0;
@@ -118,20 +131,25 @@ Evaluation evaluate(const RowBatch& batch, const IsaVariant& isa, int threads, c
   result.hard_items = batch.hard_items >= 0 ? batch.hard_items : counts.hard_items;
   const bool mean = batch.reduction == Reduction::mean;
   const double soft_items = mean ? result.soft_items : 1, hard_items = mean ? result.hard_items : 1;
+  const bool any_soft = counts.soft_rows > 0, any_hard = counts.labelled_rows > 0;
   for (int64_t i = 0; i < batch.rows; ++i) {
     RowPlan& plan = plans[i];
     const double scale = plan.weight * batch.grad_output *
                          (batch.row_grad_output ? number(batch.row_grad_output, i, is_double) : 1);
-    plan.soft_scale = soft && counts.soft_rows ? options.alpha * scale / soft_items : 0;
-    plan.hard_scale =
-        hard && counts.labelled_rows && plan.label >= 0 ? (1 - options.alpha) * scale / hard_items : 0;
+    if (soft && any_soft) plan.soft_scale = options.alpha * scale / soft_items;
+    if (hard && any_hard && plan.label >= 0) plan.hard_scale = (1 - options.alpha) * scale / hard_items;
   }
 
   std::vector<RowOutcome> outcomes(batch.rows);
   const int64_t elements = batch.rows * batch.classes;
   const bool past_cache = elements * size_of(batch.gradient.dtype) > kPastCacheBytes;
-  for_row_ranges(batch.rows, elements, threads, [&](int64_t begin, int64_t end) {
-    isa.run_rows(batch, plans.data(), outcomes.data(), begin, end, past_cache);
+  // All memory is taken before the first row is written, and outside of the parallel region.
+  const int shares = row_shares(batch.rows, elements, threads);
+  const size_t scratch_bytes = isa.scratch_bytes(batch);
+  const AlignedMemory scratch(size_t(shares) * scratch_bytes);
+  for_row_shares(batch.rows, shares, [&](int share, int64_t begin, int64_t end) {
+    isa.run_rows(batch, plans.data(), outcomes.data(), begin, end, past_cache,
+                 scratch.data() + size_t(share) * scratch_bytes);
   });
 
   // In the order of the rows, so that the number of threads cannot change a bit.
@@ -139,9 +157,8 @@ Evaluation evaluate(const RowBatch& batch, const IsaVariant& isa, int threads, c
   int64_t agree = 0, correct = 0;
   for (int64_t i = 0; i < batch.rows; ++i) {
     const RowOutcome& row = outcomes[i];
-    const bool counts_here = plans[i].weight != 0;
-    const double soft_i = counts_here && counts.soft_rows ? plans[i].weight * row.soft : 0;
-    const double hard_i = counts_here && counts.labelled_rows ? plans[i].weight * row.hard : 0;
+    const double soft_i = any_soft ? plans[i].weight * row.soft : 0;  // 0 times 0 in a row that does not count
+    const double hard_i = any_hard ? plans[i].weight * row.hard : 0;
     soft_sum += soft_i;
     hard_sum += hard_i;
     agree += row.same_argmax;  // both are false in a row that does not count

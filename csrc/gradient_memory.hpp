@@ -5,6 +5,8 @@
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
+#include <limits>
+#include <memory>
 #include <new>
 #include <utility>
 
@@ -20,6 +22,11 @@ class GradientMemory {
     Pages* kept = kept_pages().exchange(nullptr);
     if (kept && kept->bytes < bytes) keep(std::exchange(kept, nullptr));
     pages_ = kept ? kept : map(bytes);
+    if (!pages_) {  // what is kept is free to take for the system, but counts under a limit on the address space
+      release();
+      pages_ = map(bytes);
+    }
+    if (!pages_) throw std::bad_alloc();
   }
   ~GradientMemory() { keep(pages_); }
   GradientMemory(const GradientMemory&) = delete;
@@ -43,13 +50,15 @@ class GradientMemory {
     return pages;
   }
 
-  // The larger of two stays.
+  // The larger of two stays. Another thread may take and free what has been published, so that its size is read
+  // before.
   static void keep(Pages* pages) {
 #if defined(__linux__)
     madvise(pages->data, pages->bytes, MADV_FREE);
+    size_t bytes = pages->bytes;
     for (Pages* other = kept_pages().exchange(pages); other; other = kept_pages().exchange(pages)) {
-      if (other->bytes <= pages->bytes) return unmap(other);
-      pages = other;
+      if (other->bytes <= bytes) return unmap(other);
+      pages = other, bytes = other->bytes;
     }
 #else
     unmap(pages);
@@ -57,17 +66,22 @@ class GradientMemory {
   }
 
 #if defined(__linux__)
+  // Null where there is no memory.
   static Pages* map(size_t bytes) {
     constexpr size_t huge_page = size_t(2) << 20;
+    if (bytes > std::numeric_limits<size_t>::max() - 2 * huge_page) return nullptr;
     const size_t size = (bytes + huge_page - 1) / huge_page * huge_page;
+    std::unique_ptr<Pages> pages(new (std::nothrow) Pages);
+    if (!pages) return nullptr;
     void* mapped = mmap(nullptr, size + huge_page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    if (mapped == MAP_FAILED) throw std::bad_alloc();
+    if (mapped == MAP_FAILED) return nullptr;
     char* start = static_cast<char*>(mapped);
     const size_t before = (huge_page - reinterpret_cast<uintptr_t>(start) % huge_page) % huge_page;
     if (before > 0) munmap(start, before);
     munmap(start + before + size, huge_page - before);
     madvise(start + before, size, MADV_HUGEPAGE);
-    return new Pages{start + before, size};
+    *pages = {start + before, size};
+    return pages.release();
   }
   static void unmap(Pages* pages) {
     if (!pages) return;
@@ -75,7 +89,13 @@ class GradientMemory {
     delete pages;
   }
 #else
-  static Pages* map(size_t bytes) { return new Pages{::operator new(bytes, std::align_val_t(64)), bytes}; }
+  static Pages* map(size_t bytes) {
+    std::unique_ptr<Pages> pages(new (std::nothrow) Pages);
+    void* data = pages ? ::operator new(bytes, std::align_val_t(64), std::nothrow) : nullptr;
+    if (!data) return nullptr;
+    *pages = {data, bytes};
+    return pages.release();
+  }
   static void unmap(Pages* pages) {
     if (!pages) return;
     ::operator delete(pages->data, std::align_val_t(64));

@@ -8,10 +8,9 @@
 // NaN: a logit of NaN or +inf, or a row of -inf only, makes the sums NaN and with them the row, as in torch.
 #include <algorithm>
 #include <memory>
-#include <new>
+#include <numeric>
 #include <span>
 #include <utility>
-#include <vector>
 
 #include "rows.hpp"
 
@@ -31,10 +30,30 @@ inline Kind kind_of(const RowBatch& batch) {
   return batch.options.divergence == Divergence::forward_kl ? Kind::shortcut : Kind::pointwise;
 }
 
+// Arrays, one behind the other, in memory that was allocated before. Without memory it only adds up how much they
+// take.
+class Arena {
+ public:
+  explicit Arena(char* memory) : memory_(memory) {}
+  bool measures() const { return memory_ == nullptr; }
+  size_t used() const { return used_; }
+
+  template <class T>
+  T* take(int64_t n) {
+    char* p = measures() ? nullptr : memory_ + used_;
+    used_ += (size_t(n) * sizeof(T) + 63) / 64 * 64;
+    return reinterpret_cast<T*>(p);
+  }
+
+ private:
+  char* memory_;
+  size_t used_ = 0;
+};
+
 template <class T>
 class RowKernel {
  public:
-  RowKernel(const RowBatch& batch, bool past_cache);
+  RowKernel(const RowBatch& batch, bool past_cache, Arena& arena);
   RowOutcome run(int64_t row, const RowPlan& plan);
 
  private:
@@ -104,22 +123,12 @@ class RowKernel {
   ScanBlock scan_block_;
   double temperature_;
   Base<T> soft_base_, hard_base_;
-  std::unique_ptr<T[], void (*)(T*)> memory_;
   Scratch<T> scratch_;
   T *student_block_, *teacher_block_, *out_block_;
   Running* block_max_;
-  std::vector<Apart> apart_;     // of the row at hand, by index
+  std::span<Apart> apart_;       // of the row at hand, by index
   T *p_, *q_, *log_ratio_, *h_;  // of the classes apart, and of the rest as one more outcome
 };
-
-template <class T>
-T* aligned_array(int64_t n) {
-  return static_cast<T*>(::operator new(size_t(n) * sizeof(T), std::align_val_t(64)));
-}
-template <class T>
-void free_aligned(T* p) {
-  ::operator delete(p, std::align_val_t(64));
-}
 
 HardExp how_to_exponentiate(bool soft, bool hard, double temperature) {
   if (!hard) return HardExp::none;
@@ -128,7 +137,7 @@ HardExp how_to_exponentiate(bool soft, bool hard, double temperature) {
 }
 
 template <class T>
-RowKernel<T>::RowKernel(const RowBatch& batch, bool past_cache)
+RowKernel<T>::RowKernel(const RowBatch& batch, bool past_cache, Arena& arena)
     : batch_(batch),
       options_(batch.options),
       class_weight_(static_cast<const T*>(batch.class_weight)),
@@ -144,8 +153,7 @@ RowKernel<T>::RowKernel(const RowBatch& batch, bool past_cache)
       scan_block_(scan_teacher_ ? scan_block_for<true>(hard_exp_) : scan_block_for<false>(hard_exp_)),
       temperature_(soft_ && kind_ != Kind::mse ? batch.options.temperature : 1),
       soft_base_(temperature_),
-      hard_base_(1),
-      memory_(nullptr, free_aligned<T>) {
+      hard_base_(1) {
   keep_ = write_ || kind_ == Kind::pointwise;
   // Rows end in whole pairs of vectors; a small row is a small allocation, which a small batch notices.
   const int64_t blocks = (batch.classes + block - 1) / block;
@@ -153,19 +161,15 @@ RowKernel<T>::RowKernel(const RowBatch& batch, bool past_cache)
   const int64_t row = keep_ ? padded : 0, one_block = std::min<int64_t>(block, padded);
   const int64_t apart = kind_ == Kind::topk ? batch.teacher_classes : kind_ == Kind::dkd ? 1 : 0;
   const int64_t outcomes = (apart + 2 * kLanes<T>) / kLanes<T> * kLanes<T>;  // the rest too, in whole vectors
-  memory_.reset(aligned_array<T>(3 * row + 3 * one_block + 2 * blocks + 4 * outcomes));
-  apart_.resize(size_t(apart));
-  T* p = memory_.get();
-  scratch_ = {p, p + row, p + 2 * row};
-  p += 3 * row;
-  student_block_ = p, teacher_block_ = p + one_block, out_block_ = p + 2 * one_block;
-  p += 3 * one_block;
-  for (T** field : {&p_, &q_, &log_ratio_, &h_}) *field = p, p += outcomes;
-  block_max_ = reinterpret_cast<Running*>(p);
-  if (class_weight_)
-    for (int64_t j = 0; j < batch.classes; ++j) class_weight_sum_ += class_weight_[j];
-  else
-    class_weight_sum_ = double(batch.classes);
+  scratch_ = {arena.take<T>(row), arena.take<T>(row), arena.take<T>(row)};
+  for (T** x : {&student_block_, &teacher_block_, &out_block_}) *x = arena.take<T>(one_block);
+  for (T** x : {&p_, &q_, &log_ratio_, &h_}) *x = arena.take<T>(outcomes);
+  block_max_ = arena.take<Running>(blocks);
+  apart_ = {arena.take<Apart>(apart), arena.measures() ? 0 : size_t(apart)};
+  std::uninitialized_value_construct(apart_.begin(), apart_.end());
+  class_weight_sum_ = double(batch.classes);
+  if (class_weight_ && options_.label_smoothing > 0)  // nothing else asks for it
+    class_weight_sum_ = std::accumulate(class_weight_, class_weight_ + batch.classes, 0.0);
 }
 
 // A block in the compute type: memory itself, or converted into `buffer`.
@@ -375,7 +379,7 @@ void RowKernel<T>::write(int64_t row, const RowPlan& plan, const RowState& state
   // Centred in scratch, before any factor: where q is near 1 the two parts cancel, and in float32 only there
   // exactly.
   const bool centred = kind_ == Kind::pointwise;
-  auto apart = apart_.cbegin();
+  auto apart = apart_.begin();
 
   for (int64_t begin = 0, b = 0; begin < batch_.classes; begin += block, ++b) {
     const int n = count(begin);
@@ -419,7 +423,7 @@ void RowKernel<T>::write(int64_t row, const RowPlan& plan, const RowState& state
       fill(scratch_at(plan.label), 1, false, &at_label);
       out[plan.label - begin] = at_label - T(onehot);
     }
-    for (; apart != apart_.cend() && apart->index < begin + n; ++apart) {
+    for (; apart != apart_.end() && apart->index < begin + n; ++apart) {
       double g = apart->gradient;
       if (hard) {
         const double share = weighted_smoothing ? uniform * double(class_weight_[apart->index]) : uniform;
@@ -519,9 +523,10 @@ namespace {
 
 template <class T>
 void run_rows(const RowBatch& batch, const RowPlan* plans, RowOutcome* outcomes, int64_t begin, int64_t end,
-              bool past_cache) {
+              bool past_cache, char* scratch) {
   const FlushDenormals flush;
-  RowKernel<T> kernel(batch, past_cache);
+  Arena arena(scratch);
+  RowKernel<T> kernel(batch, past_cache, arena);
   for (int64_t row = begin; row < end; ++row) {
     if (plans[row].weight != 0)
       outcomes[row] = kernel.run(row, plans[row]);
@@ -531,12 +536,23 @@ void run_rows(const RowBatch& batch, const RowPlan* plans, RowOutcome* outcomes,
   stream_fence();
 }
 
+template <class T>
+size_t scratch_bytes(const RowBatch& batch) {
+  Arena arena(nullptr);
+  const RowKernel<T> kernel(batch, false, arena);
+  return arena.used();
+}
+
 }  // namespace
 
 void run_rows(const RowBatch& batch, const RowPlan* plans, RowOutcome* outcomes, int64_t begin, int64_t end,
-              bool past_cache) {
-  batch.student.dtype == DType::float64 ? run_rows<double>(batch, plans, outcomes, begin, end, past_cache)
-                                        : run_rows<float>(batch, plans, outcomes, begin, end, past_cache);
+              bool past_cache, char* scratch) {
+  const auto run = batch.student.dtype == DType::float64 ? run_rows<double> : run_rows<float>;
+  run(batch, plans, outcomes, begin, end, past_cache, scratch);
+}
+
+size_t scratch_bytes(const RowBatch& batch) {
+  return batch.student.dtype == DType::float64 ? scratch_bytes<double>(batch) : scratch_bytes<float>(batch);
 }
 
 }  // namespace pydistill::PYDISTILL_ISA

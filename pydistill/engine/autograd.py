@@ -1,5 +1,7 @@
 """The autograd boundary: which path a call takes, and the gradient computed ahead of backward."""
 
+from functools import wraps
+
 import torch
 from torch import Tensor
 
@@ -18,6 +20,22 @@ class _Call:
         self.batch, self.engine, self.inplace, self.metrics = batch, engine, inplace, metrics
 
 
+def raises_memory_error(function):
+    """Out of memory is a MemoryError, whoever notices it: torch's allocator raises a RuntimeError of its own."""
+
+    @wraps(function)
+    def call(*args, **kwargs):
+        try:
+            return function(*args, **kwargs)
+        except (MemoryError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and "DefaultCPUAllocator: " not in str(error):
+                raise
+            raise MemoryError(f"no memory for the loss or its gradient: {error}") from error
+
+    return call
+
+
+@raises_memory_error
 def run(batch: Batch, inplace: bool, metrics: bool):
     """Loss of a checked batch of any number of dimensions: ``(loss, Outcome)``, differentiable in the student."""
     why = why_formula(batch[:7])
@@ -75,6 +93,7 @@ class _FusedLoss(torch.autograd.Function):
         return outcome.loss
 
     @staticmethod
+    @raises_memory_error
     def backward(ctx, grad_output):
         gradient, student, *others = ctx.saved_tensors
         call = ctx.call

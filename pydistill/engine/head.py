@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pydistill.engine.autograd import split_inference
+from pydistill.engine.autograd import raises_memory_error, split_inference
 from pydistill.engine.batch import Batch, Outcome
 from pydistill.engine.checks import is_batched
 from pydistill.formulas import counted_rows, denominators, loss_dtype, loss_formula, rows_with_a_term
@@ -293,6 +293,7 @@ class Call:
         self.chunk_rows, self.metrics, self.outcome = chunk_rows, metrics, None
         self.dtypes = [None if head is None else product_dtype(head) for head in (student, teacher)]
 
+    @raises_memory_error
     def run(self, wanted=(False,) * 3, grad_output=1.0, metrics=False) -> Pass:
         """See :func:`run`. Without autocast, whose dtype is settled."""
         with torch.no_grad(), torch.autocast("cpu", enabled=False):
@@ -333,6 +334,7 @@ class FusedHead(torch.autograd.Function):
         return found.outcome.loss
 
     @staticmethod
+    @raises_memory_error
     def backward(ctx, grad_output):
         """What forward found, times grad_output."""
         saved = ctx.saved_tensors

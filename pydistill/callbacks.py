@@ -5,6 +5,9 @@ called at the end of ``fit``, one with ``start()`` at its beginning.
 """
 
 import math
+from numbers import Real
+
+from pydistill.training_checks import check_count
 
 
 class EarlyStopping:
@@ -16,6 +19,10 @@ class EarlyStopping:
             is better), "accuracy" or "agreement" (more is better).
         min_delta: what counts as an improvement, at least.
 
+    Raises:
+        TypeError, ValueError: an argument out of range; after the first epoch, a share that the data do not give: an
+            accuracy without labels, an agreement without targets.
+
     Example:
         >>> import torch, pydistill
         >>> from pydistill.callbacks import BestModel, EarlyStopping
@@ -26,9 +33,12 @@ class EarlyStopping:
     """
 
     def __init__(self, patience=5, monitor="loss", min_delta=0.0):
-        if not isinstance(patience, int) or patience < 1:
-            raise ValueError(f"patience must be a whole number of at least 1, got {patience!r}")
-        self.patience, self.monitor, self.min_delta = patience, check_monitor(monitor), min_delta
+        if isinstance(min_delta, bool) or not isinstance(min_delta, Real):
+            raise TypeError(f"min_delta must be a number, got {min_delta!r}")
+        if not min_delta >= 0:
+            raise ValueError(f"min_delta must be at least 0, got {min_delta!r}")
+        self.patience, self.monitor = check_count("patience", patience), check_monitor(monitor)
+        self.min_delta = min_delta
         self.start()
 
     def start(self):
@@ -37,7 +47,7 @@ class EarlyStopping:
 
     def __call__(self, trainer, record):
         """After an epoch."""
-        score = score_of(record, self.monitor)
+        score = score_of(record, self.monitor, first=self._best == -math.inf)
         if score > self._best + self.min_delta:
             self._best, self._waited = score, 0
         else:
@@ -73,7 +83,7 @@ class BestModel:
 
     def __call__(self, trainer, record):
         """After an epoch."""
-        score = score_of(record, self.monitor)
+        score = score_of(record, self.monitor, first=self._weights is None)
         if self._weights is None or score > self._best:
             self._best, self.epoch = score, record.epoch
             self._weights = {name: x.detach().clone() for name, x in trainer.student.state_dict().items()}
@@ -99,8 +109,15 @@ def check_monitor(monitor):
     return monitor
 
 
-def score_of(record, monitor) -> float:
-    """More is better; NaN is worst."""
+def score_of(record, monitor, *, first) -> float:
+    """More is better; NaN is worst. A share that is NaN at ``first``, before any other, is no score to go by."""
     value = getattr(record.val or record.train, monitor)
+    if first and math.isnan(value) and monitor != "loss":
+        data = "training data" if record.val is None else "validation data"
+        lack = "labelled row that counts" if monitor == "accuracy" else "row that counts with targets of a teacher"
+        raise ValueError(
+            f"monitor must be a score that the data have, got {monitor!r}, which is nan after epoch {record.epoch}: "
+            f'the {data} have no {lack}; monitor="loss" needs none'
+        )
     value = -value if monitor == "loss" else value
     return -math.inf if math.isnan(value) else value

@@ -1,19 +1,26 @@
-"""What a training run came to, epoch by epoch."""
+"""Scores of a training run, epoch by epoch."""
 
 import math
+from dataclasses import dataclass
 from typing import NamedTuple
 
 
 class Scores(NamedTuple):
-    """Means over one pass through some data; nan where nothing tells: a term not evaluated, no labels.
+    """Means over one pass through some data: those of one batch of all its rows, however they were batched.
+
+    Each term is the sum over the rows that count for it, divided by the sum of their weights; ``num_items`` of the
+    loss changes the steps, not the scores. nan where there is nothing to average: a term that is not evaluated, no row
+    that counts.
 
     Attributes:
-        loss: the loss. Each batch weighs as many rows as it has rows that count for the soft term (for the
-            hard one where only that is evaluated).
+        loss: the loss, alpha * soft_loss + (1 - alpha) * hard_loss. What a loss of another form adds to that, or the
+            loss itself if it has no attribute ``alpha``, is averaged over the batches: each weighs as much as its
+            denominator of the soft term (of the hard one where only that is evaluated).
         soft_loss: the soft term, T^2 included.
         hard_loss: the hard term.
-        accuracy: share of the labelled rows in which the student's argmax is the label.
-        agreement: share of the rows in which student and teacher have the same argmax.
+        accuracy: share of the labelled rows in which the student's argmax is the label. Unweighted, as is agreement; a
+            row of weight 0 does not count.
+        agreement: share of the rows that count for the soft term in which student and teacher have the same argmax.
     """
 
     loss: float
@@ -66,38 +73,83 @@ class History(list):
         return figure
 
 
+@dataclass
 class Totals:
-    """Sums of the batches' means times the rows that each is a mean of, in the order of Scores."""
+    """Numerators and denominators of the scores, summed over batches: the scores are those of one batch of all rows."""
 
-    def __init__(self, batches=0, sums=(0.0,) * 5, rows=(0.0,) * 5):
-        self.batches, self.sums, self.rows = batches, list(sums), list(rows)
+    batches: int = 0
+    soft: float = 0.0
+    hard: float = 0.0
+    soft_items: float = 0.0  # denominators of the two terms
+    hard_items: float = 0.0
+    weighted_soft: float = 0.0  # the terms times their weights in the loss
+    weighted_hard: float = 0.0
+    other: float = 0.0  # what the loss holds besides the two weighted terms
+    other_items: float = 0.0
+    agreeing: float = 0.0
+    correct: float = 0.0
+    soft_rows: float = 0.0  # rows that count for the soft term, whatever their weights
+    labelled_rows: float = 0.0
 
-    def add(self, loss, metrics, labelled, parts=1, rows=0):
-        """One batch; or one of ``parts`` that share the denominators of their whole, with its own number of ``rows``.
+    def add(self, loss, metrics, *, alpha, items, rows, sums_terms):
+        """One batch.
 
-        ``labelled``: its rows with a label, None for the hard term's denominator.
+        ``alpha`` is None where it is not known. ``items`` are the batch's own denominators, soft and hard, which under
+        ``num_items`` are not those that it was divided by; ``rows`` how many rows count for the two terms.
+        ``sums_terms``: the loss is the sum of its two weighted terms, to the bit.
         """
-        soft, hard, agreement, accuracy, (soft_items, hard_items) = metrics
-        soft_items, hard_items = float(soft_items), float(hard_items)
-        labelled = hard_items if labelled is None else labelled
-        only_hard = math.isnan(soft) and hard_items > 0
-        means = (float(loss), float(soft), float(hard), float(accuracy), float(agreement))
-        counts = (
-            hard_items if only_hard else soft_items,
-            soft_items,
-            hard_items,
-            labelled,
-            rows if parts > 1 else soft_items,
-        )
-        for i, (mean, count) in enumerate(zip(means, counts, strict=True)):
-            if count > 0 and not (parts > 1 and i >= 3 and math.isnan(mean)):  # a mean of no rows may be nan
-                self.sums[i] += mean * count
-                self.rows[i] += count / parts if i < 3 else count
+        loss, soft, hard, agreement, accuracy = map(float, (loss, *metrics[:4]))
+        soft_divisor, hard_divisor = map(float, metrics.num_items)
+        if alpha is not None:
+            explained = (alpha * soft if alpha > 0 else 0.0) + ((1 - alpha) * hard if alpha < 1 else 0.0)
+            if math.isnan(explained) and not math.isnan(loss):  # a loss of another form, which has no such term
+                alpha = None
+        if alpha is None or alpha > 0:
+            self.soft += _times(soft, soft_divisor)
+            self.soft_items += items[0]
+        if alpha is None or alpha < 1:
+            self.hard += _times(hard, hard_divisor)
+            self.hard_items += items[1]
+        if alpha is not None and alpha > 0:
+            self.weighted_soft += _times(alpha * soft, soft_divisor)
+        if alpha is not None and alpha < 1:
+            self.weighted_hard += _times((1 - alpha) * hard, hard_divisor)
+        if not sums_terms:
+            other = loss if alpha is None else (0.0 if loss == explained else loss - explained)
+            term = 1 if math.isnan(soft) and items[1] > 0 else 0
+            self.other += _times(other, (soft_divisor, hard_divisor)[term])
+            self.other_items += items[term]
+        self.agreeing += _times(agreement, rows[0])
+        self.correct += _times(accuracy, rows[1])
+        self.soft_rows += rows[0]
+        self.labelled_rows += rows[1]
         self.batches += 1
 
-    def scores(self) -> Scores | None:
-        """Means over all; None for no batch."""
-        if self.batches == 0:
-            return None
-        sums_and_rows = zip(self.sums, self.rows, strict=True)
-        return Scores(*(total / rows if rows else math.nan for total, rows in sums_and_rows))
+    def scores(self) -> Scores:
+        """Means over all rows that count."""
+        parts = (
+            (self.weighted_soft, self.soft_items),
+            (self.weighted_hard, self.hard_items),
+            (self.other, self.other_items),
+        )
+        return Scores(
+            loss=sum(_mean(*part) for part in parts if part[1]) if self.counted else math.nan,
+            soft_loss=_mean(self.soft, self.soft_items),
+            hard_loss=_mean(self.hard, self.hard_items),
+            accuracy=_mean(self.correct, self.labelled_rows),
+            agreement=_mean(self.agreeing, self.soft_rows),
+        )
+
+    @property
+    def counted(self) -> bool:
+        """Whether any row counted for a term that was evaluated."""
+        return any((self.soft_items, self.hard_items, self.other_items))
+
+
+def _times(mean, count):
+    """A numerator; the mean of no rows may be nan."""
+    return mean * count if count else 0.0
+
+
+def _mean(total, count):
+    return total / count if count else math.nan

@@ -1,18 +1,32 @@
-"""A thin training loop around the loss: batches, optimizer steps, and what an epoch came to."""
+"""A thin training loop around the loss: batches, optimizer steps, and the scores of each epoch."""
 
 import importlib.util
 import math
 import time
+import warnings
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from itertools import islice
+from numbers import Real
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from pydistill import checkpoint
-from pydistill.data import batch_count, batches, describe, prepare, row_count
+from pydistill.data import (
+    batch_count,
+    batches,
+    check_weight,
+    describe,
+    in_memory,
+    is_map,
+    prepare,
+    row_count,
+    split_columns,
+)
+from pydistill.functional import loss_items
 from pydistill.history import EpochRecord, History, Scores, Totals
 from pydistill.losses import DistillationLoss
 from pydistill.modules import float_dtype, mode
@@ -20,9 +34,23 @@ from pydistill.store import TeacherStore
 from pydistill.targets import SoftTargets
 from pydistill.training_checks import (
     about,
+    check_callbacks,
+    check_checkpoints,
+    check_clip_norm,
     check_count,
+    check_flag,
+    check_horizon,
     check_lone_row,
+    check_loss,
     check_optimizer,
+    check_result,
+    check_resumed,
+    check_scheduler,
+    check_schedules,
+    check_seed,
+    check_student,
+    check_teacher,
+    check_trainable,
     check_weights,
     has_lone_last_row,
     no_batch,
@@ -58,8 +86,9 @@ class Trainer:
 
     - a tuple of columns in memory, tensors or numpy arrays: ``(inputs, targets, labels)``, ``(inputs, targets,
       labels, sample_weight)`` or ``(inputs, targets)``, where ``targets`` are the teacher's logits or
-      :class:`SoftTargets`; ``(inputs, labels)`` for a loss with alpha = 0. Of two, the second is labels if it
-      holds integers. float64 inputs, as numpy makes them, are converted to the student's dtype;
+      :class:`SoftTargets`; ``(inputs, labels)`` or ``(inputs, labels, sample_weight)`` for a loss with alpha = 0.
+      The second column is labels if it holds integers. float64 inputs, as numpy makes them, are converted to the
+      student's dtype;
     - with ``teacher=``: ``(inputs, labels)``, ``(inputs, labels, sample_weight)`` or ``(inputs,)``; the teacher
       gives the targets;
     - a Dataset of such rows;
@@ -85,24 +114,29 @@ class Trainer:
     Args:
         student: a module that maps inputs to logits ``(..., C)``.
         loss: :class:`DistillationLoss` with reduction="mean", or any callable with its call signature: it is
-            called as ``loss(student_logits, targets, labels, return_metrics=True)`` and returns ``(loss,
-            LossMetrics)``. Default: ``DistillationLoss()``.
+            called as ``loss(student_logits, targets, labels, return_metrics=True)``, with ``sample_weight`` where the
+            data have one, and returns ``(loss, LossMetrics)``. Its attributes ``alpha``, ``ignore_index`` and
+            ``unlabeled``, where it has them, tell which rows count. A subclass of DistillationLoss also gets
+            ``num_items``. Default: ``DistillationLoss()``.
         teacher: a module that maps inputs to logits ``(..., C)``; it runs in eval mode and without gradients. Or
             :class:`SoftTargets` or a ``TeacherStore`` with a row per row of ``train``, which must then be in memory
             or a Dataset.
         optimizer: a torch optimizer of the student's parameters. Default: ``Adam(fused=True, lr=1e-3)``. It
             keeps its state between calls of ``fit``.
         scheduler: a torch learning-rate scheduler of this optimizer; stepped once after each epoch
-            (ReduceLROnPlateau with the validation loss, or the training loss without validation data).
+            (ReduceLROnPlateau with the validation loss, or the training loss without validation data). One that was
+            planned in batches is refused where that shows: OneCycleLR unless its steps are the epochs, CyclicLR whose
+            cycle is longer than the training; a T_max or total_iters beyond the epochs is warned of.
         callbacks: functions of ``(trainer, record)``, called after each epoch with an :class:`EpochRecord`; one that
             sets ``trainer.stop = True`` ends ``fit``. ``pydistill.callbacks`` has EarlyStopping and BestModel.
         schedules: options of the loss that change, ``{"alpha": f, "temperature": g}``: functions of the epoch's
             number, called before each epoch.
-        accumulate: batches per optimizer step. Their loss is that of one batch of all their rows; with a loss that is
-            not a DistillationLoss, the mean of the batches' losses.
+        accumulate: batches per optimizer step. Their loss is that of one batch of all their rows, by
+            :func:`pydistill.loss_items`; with a loss that is not a DistillationLoss, the mean of the batches' losses.
+            ``num_items`` of the loss, if set, stays the denominator of the whole step.
         clip_norm: largest norm of the gradient of all parameters; None: any.
         autocast: torch.bfloat16 runs the student's forward under ``torch.autocast``; the loss stays in float32.
-        seed: an integer: shuffling, dropout and DataLoaders then give the same result to the bit in every
+        seed: an integer in [0, 2**64): shuffling, dropout and DataLoaders then give the same result to the bit in every
             ``fit``, and torch's global random state is left as it was. The student's first weights are the
             caller's. None: torch's global random state.
         progress: show a progress bar, if tqdm is installed.
@@ -114,9 +148,10 @@ class Trainer:
             it asks for more epochs. To pause one, interrupt it.
 
     Raises:
-        TypeError: student or teacher is not a module, optimizer not an optimizer.
-        ValueError: a loss whose reduction is not "mean"; an optimizer of another model; a scheduler without its
-            optimizer; a number out of range.
+        TypeError: student or teacher is not a module, optimizer not an optimizer, scheduler not a scheduler; a loss or
+            a callback that cannot be called as it will be; a number or switch of another type.
+        ValueError: a loss whose reduction is not "mean"; a student without parameters; an optimizer of another model; a
+            scheduler without its optimizer; a number out of range.
 
     Example:
         >>> import torch, pydistill
@@ -155,42 +190,25 @@ class Trainer:
         checkpoint_every=None,
     ):
         """See the class."""
-        if not isinstance(student, torch.nn.Module):
-            raise TypeError(f"student must be a torch.nn.Module, got {describe(student)}")
+        check_student(student)
         self._teacher_rows = isinstance(teacher, SoftTargets | TeacherStore | Tensor)
-        if teacher is not None and not isinstance(teacher, torch.nn.Module) and not self._teacher_rows:
-            raise TypeError(
-                f"teacher must be a torch.nn.Module, SoftTargets or a TeacherStore, got {describe(teacher)}; the "
-                "outputs of other teachers go into the data: (inputs, targets, labels)"
-            )
+        check_teacher(teacher, rows=self._teacher_rows)
         loss = DistillationLoss() if loss is None else loss
-        if getattr(loss, "reduction", "mean") != "mean":
-            raise ValueError(
-                f'loss must have reduction="mean": the trainer steps on one number; got {loss.reduction!r}'
-            )
-        if scheduler is not None and optimizer is None:
-            raise ValueError("scheduler must come with the optimizer that it was made for: pass optimizer= too")
+        check_loss(loss)
+        check_scheduler(scheduler, optimizer)
         if optimizer is None:
             optimizer = torch.optim.Adam(student.parameters(), lr=1e-3, fused=True)
         check_optimizer(optimizer, student)
-        for name in schedules or ():
-            if not hasattr(loss, name) or not callable(schedules[name]):
-                raise ValueError(f"schedules must map options of the loss to functions of the epoch; got {name!r}")
-        check_count("accumulate", accumulate)
-        if clip_norm is not None and not clip_norm > 0:
-            raise ValueError(f"clip_norm must be positive, got {clip_norm!r}")
-        if autocast not in (None, torch.bfloat16):
+        check_clip_norm(clip_norm)
+        if autocast is not None and autocast is not torch.bfloat16:
             raise ValueError(f"autocast must be None or torch.bfloat16, got {autocast!r}")
-        if checkpoint_every is not None:
-            check_count("checkpoint_every", checkpoint_every)
-            if checkpoint_dir is None:
-                raise ValueError("checkpoint_every needs checkpoint_dir, the folder to write to")
         self.student, self.loss, self.teacher = student, loss, teacher
         self.optimizer, self.scheduler = optimizer, scheduler
-        self.callbacks, self.schedules = tuple(callbacks), dict(schedules or {})
-        self.accumulate, self.clip_norm, self.autocast = accumulate, clip_norm, autocast
-        self.seed, self.progress = seed, progress
-        self.checkpoint_dir, self.checkpoint_every = checkpoint_dir, checkpoint_every
+        self.callbacks, self.schedules = check_callbacks(callbacks), check_schedules(schedules, loss)
+        self.accumulate, self.clip_norm, self.autocast = check_count("accumulate", accumulate), clip_norm, autocast
+        self.seed, self.progress = check_seed(seed), check_flag("progress", progress)
+        self.checkpoint_dir = checkpoint_dir
+        self.checkpoint_every = check_checkpoints(checkpoint_dir, checkpoint_every)
         self.stop = False
 
     def fit(self, train, val=None, *, epochs, batch_size=64, resume=False) -> History:
@@ -211,24 +229,25 @@ class Trainer:
 
         Raises:
             TypeError, ValueError: data of another form, columns of different lengths, no rows, inputs that are not
-                finite, epochs or batch_size below 1; a resume from the checkpoints of another model, data or
+                finite, epochs or batch_size below 1; a student that is frozen; a scheduler planned for another number
+                of steps; a resume from the checkpoints of another model, data or
                 batch_size, or of none that is whole; a new run into a folder with checkpoints; a last batch of one
                 row for a student with BatchNorm; a loss or weights that are no longer finite (before such a step, or
                 before a checkpoint is written); what the loss raises.
             OSError: a checkpoint could not be written; the ones before are whole.
         """
-        check_count("epochs", epochs)
-        check_count("batch_size", batch_size)
-        dtype = float_dtype(self.student, torch.float32)
-        train = prepare("train", train, dtype)
-        val = None if val is None else prepare("val", val, dtype)
+        epochs, batch_size = check_count("epochs", epochs), check_count("batch_size", batch_size)
+        check_flag("resume", resume)
+        check_trainable(self.student, self.optimizer)
+        train = self._prepared("train", train, with_teacher=self.teacher is not None)
+        val = None if val is None else self._prepared("val", val)
         self._check_teacher_rows(train)
         if has_lone_last_row(train, batch_size):
             rows, columns = next(batches(train, 1, shuffle=False))
             check_lone_row(self.student, self._columns(columns, rows)[0], row_count(train), batch_size)
         if val is not None and batch_count(val, batch_size) is not None:
             with torch.random.fork_rng(devices=[]):
-                self._evaluate("val", val, batch_size, most=1)
+                self._evaluate("val", val, batch_size, epoch=0, most=1)
         setup = {"rows": row_count(train), "batch_size": batch_size, "accumulate": self.accumulate, "seed": self.seed}
         self.stop = False
         for callback in self.callbacks:
@@ -242,6 +261,7 @@ class Trainer:
             _progress_bar(self.progress, count and epochs * count) as bar,
         ):
             run = self._first_or_resumed(resume, setup, epochs)
+            check_horizon(self.scheduler, epochs - run.epoch + 1)
             if bar is not None:
                 bar.update((run.epoch - 1) * (count or 0) + run.batch)
             if run.one_thread:
@@ -251,9 +271,7 @@ class Trainer:
                 for name, schedule in self.schedules.items():
                     setattr(self.loss, name, schedule(run.epoch))
                 self._train_epoch(train, batch_size, run, setup, bar)
-                trained = run.totals.scores()
-                if trained is None:
-                    raise ValueError(no_batch("train", run.epoch))
+                trained = self._scores(run.totals, "train", run.epoch)
                 check_weights(self.student, self.loss, run.epoch, run.steps)
                 validated = None if val is None else self._validate(val, batch_size, run, setup)
                 record = EpochRecord(run.epoch, trained, validated, time.perf_counter() - start)
@@ -276,38 +294,63 @@ class Trainer:
 
         Args:
             data: in one of the forms above, in its own order.
-            batch_size: rows per batch of tensors in memory. It changes the result by rounding only, except
-                for the loss where class weights or unlabelled rows give its two terms different denominators.
+            batch_size: rows per batch of tensors in memory. It changes the result by rounding only.
 
         Raises:
             TypeError, ValueError: as for :meth:`fit`.
         """
-        check_count("batch_size", batch_size)
-        dtype = float_dtype(self.student, torch.float32)
-        return self._evaluate("data", prepare("data", data, dtype), batch_size)
+        batch_size = check_count("batch_size", batch_size)
+        return self._evaluate("data", self._prepared("data", data), batch_size)
 
     @torch.no_grad()
     def predict(self, inputs, *, batch_size=256) -> Tensor:
         """The student's logits ``(N, ..., C)``, in eval mode and without gradients; the mode is restored.
 
         Args:
-            inputs: a tensor or array with a row per item, or an iterable of batches, of which the first column is
-                used.
-            batch_size: rows per batch of a tensor.
+            inputs: a tensor or array with a row per item, a Dataset, or an iterable of batches; of rows and batches
+                with several columns the first is used.
+            batch_size: rows per batch; iterables bring their own.
 
         Raises:
-            ValueError: an iterable without batches, or batch_size below 1.
+            TypeError: inputs of another form.
+            ValueError: an iterable without batches, a student whose output has not a row per row, or batch_size
+                below 1.
         """
-        check_count("batch_size", batch_size)
-        if hasattr(inputs, "__array__") and len(inputs):
-            dtype = float_dtype(self.student, torch.float32)
-            inputs = prepare("inputs", (inputs,), dtype)[0]
-        found = inputs.split(batch_size) if isinstance(inputs, Tensor) else inputs
-        with mode(self.student, training=False):
-            logits = [self.student(b[0] if isinstance(b, tuple | list) else b) for b in found]
+        found = self._input_batches(inputs, check_count("batch_size", batch_size))
+        with mode(self.student, training=False), about("inputs"):
+            logits = [self._predicted(x) for x in found]
         if not logits:
             raise ValueError("inputs must hold at least one batch, got none")
         return torch.cat(logits)
+
+    def _input_batches(self, inputs, batch_size):
+        """The student's inputs, in batches."""
+        if in_memory(inputs) and len(inputs) != 1:
+            raise TypeError(
+                f"inputs must be one tensor, a Dataset or an iterable of batches; got the tuple {describe(inputs)}: of "
+                "data for fit or evaluate, pass the first column"
+            )
+        rows = isinstance(inputs, Tensor | np.ndarray) or hasattr(inputs, "to_numpy")
+        if isinstance(inputs, Tensor) and inputs.dim() and len(inputs) == 0:
+            return [inputs]
+        if not (rows or is_map(inputs) or (hasattr(inputs, "__iter__") and not isinstance(inputs, str | dict))):
+            raise TypeError(
+                f"inputs must be a tensor, an array, a Dataset or an iterable of batches; got {describe(inputs)}"
+            )
+        dtype = float_dtype(self.student, torch.float32)
+        found = batches(prepare("inputs", (inputs,) if rows else inputs, dtype), batch_size, shuffle=False)
+        return (x[0] if isinstance(x, tuple | list) else x for _, x in found)
+
+    def _predicted(self, inputs):
+        logits = self._call(self.student, inputs)
+        if not isinstance(logits, Tensor):
+            raise TypeError(f"the student must return a tensor of logits, got {describe(logits)}")
+        if isinstance(inputs, Tensor) and (logits.dim() == 0 or len(logits) != len(inputs)):
+            raise ValueError(
+                f"the student must return a row of logits per row, got {describe(logits)} for {describe(inputs)}; a "
+                "single row goes in as inputs[None]"
+            )
+        return logits
 
     def _train_epoch(self, train, batch_size, run, setup, bar):
         if run.epoch_random is None:
@@ -319,7 +362,8 @@ class Trainer:
         if run.batch and run.random is not None:
             torch.set_rng_state(run.random)
         for group in _groups(found, self.accumulate):
-            columns = [self._columns(x, rows) for rows, x in group]
+            with about("train"):
+                columns = [self._columns(x, rows) for rows, x in group]
             if run.one_thread is None:
                 run.one_thread = self._is_small_step(columns[0][0])
                 if run.one_thread:
@@ -336,43 +380,95 @@ class Trainer:
     def _step(self, group, run):
         """One optimizer step on the batches of a group, whose loss is that of one batch of all their rows."""
         parts = len(group)
-        whole = self._num_items(group) if parts > 1 and isinstance(self.loss, DistillationLoss) else None
+        items = [None] * parts
+        shared = {}
+        if parts > 1 and isinstance(self.loss, DistillationLoss) and self.loss.num_items is None:
+            with about("train"):
+                items = [self._items(*batch[1:]) for batch in group]
+            shared["num_items"] = tuple(map(sum, zip(*items, strict=True)))
         for parameters in self.optimizer.param_groups:  # as zero_grad, which took 8 of a small step's 350 us
             for parameter in parameters["params"]:
                 parameter.grad = None
-        for inputs, targets, labels, weight in group:
-            options = {} if weight is None else {"sample_weight": weight}
-            if whole is not None:
-                options["num_items"] = whole
-            if self.autocast is None:
-                logits = self.student(inputs)
-            else:
-                with torch.autocast("cpu", self.autocast):
-                    logits = self.student(inputs)
-            loss, metrics = self.loss(logits, targets, labels, return_metrics=True, **options)
-            (loss if whole is not None or parts == 1 else loss / parts).backward()
-            of_whole = {} if whole is None else {"parts": parts, "rows": math.prod(logits.shape[:-1])}
-            run.totals.add(loss.detach(), metrics, self._labelled(labels, weight), **of_whole)
-        if not math.isfinite(run.totals.sums[0]):
+        total = 0.0
+        for batch, of_batch in zip(group, items, strict=True):
+            with about("train"):
+                loss, metrics = self._forward(batch, shared)
+            adds_up = parts == 1 or isinstance(self.loss, DistillationLoss)
+            (loss if adds_up else loss / parts).backward()
+            total += float(loss.detach())
+            self._add(run.totals, loss.detach(), metrics, batch, of_batch)
+        if not math.isfinite(total):
             raise not_finite("the loss", self.loss, run.epoch, run.steps + 1)
         if self.clip_norm is not None:
             torch.nn.utils.clip_grad_norm_(self.student.parameters(), self.clip_norm)
         self.optimizer.step()
 
-    def _num_items(self, group):
-        """Both terms' denominators over several batches."""
-        soft = hard = 0.0
-        for _, targets, labels, weight in group:
-            if labels is None:
-                soft += float(math.prod(targets.shape[:-1]) if weight is None else weight.sum())
-                continue
-            weight = torch.ones(labels.shape) if weight is None else weight
-            labelled = labels != self.loss.ignore_index
-            soft += float((weight if self.loss.unlabeled == "distill" else weight * labelled).sum())
-            if self.loss.class_weight is not None:
-                weight = weight * self.loss.class_weight[torch.where(labelled, labels, 0)]
-            hard += float((weight * labelled).sum())
-        return soft or 1.0, hard or 1.0
+    def _forward(self, batch, options):
+        """``(loss, metrics)`` of a batch; ``options`` of the loss are those of this call."""
+        inputs, targets, labels, weight = batch
+        if weight is not None:
+            options = options | {"sample_weight": weight}
+        if self.autocast is None or not self.student.training:
+            logits = self._call(self.student, inputs)
+        else:
+            with torch.autocast("cpu", self.autocast):
+                logits = self._call(self.student, inputs)
+        return check_result(self.loss, self.loss(logits, targets, labels, return_metrics=True, **options))
+
+    def _call(self, module, inputs):
+        """The module's outputs; what goes wrong inside is said with the form of the inputs."""
+        try:
+            return module(inputs)
+        except (TypeError, ValueError, IndexError, RuntimeError) as error:
+            who = "the student" if module is self.student else "the teacher"
+            error.args = (f"{error}; {who}'s inputs were {describe(inputs)}", *error.args[1:])
+            raise
+
+    def _items(self, targets, labels, weight, class_weight=True) -> tuple[float, float]:
+        """Denominators of a batch; without ``class_weight``, and with weights of 0 and 1, they are numbers of rows."""
+        if labels is None and weight is None:
+            return float(math.prod(targets.shape[:-1])), 0.0
+        return loss_items(
+            labels,
+            sample_weight=weight,
+            class_weight=getattr(self.loss, "class_weight", None) if class_weight else None,
+            ignore_index=getattr(self.loss, "ignore_index", -100),
+            unlabeled=getattr(self.loss, "unlabeled", "skip"),
+        )
+
+    def _add(self, totals, loss, metrics, batch, items=None, alpha=None):
+        """Count a batch. ``items``: its denominators, where known; ``alpha``: that of this call, if it had its own."""
+        _, targets, labels, weight = batch
+        counts = None if weight is None else weight != 0
+        divisors = tuple(map(float, metrics.num_items))
+        ours = isinstance(self.loss, DistillationLoss)
+        if ours:
+            if items is None:
+                items = divisors if self.loss.num_items is None else self._items(targets, labels, weight)
+            plain = weight is None and self.loss.class_weight is None  # a small step notices the counting
+            rows = items if plain else self._items(targets, labels, counts, class_weight=False)
+        else:
+            items = rows = divisors
+            if labels is not None and not labels.is_floating_point():
+                soft, labelled = self._items(targets, labels, counts, class_weight=False)
+                rows = (rows[0] if weight is None else soft), labelled
+        alpha = getattr(self.loss, "alpha", None) if alpha is None else alpha
+        known = isinstance(alpha, Real) or (isinstance(alpha, Tensor) and alpha.dim() == 0)
+        alpha = float(alpha) if known and 0 <= alpha <= 1 else None
+        sums_terms = ours and type(self.loss).forward is DistillationLoss.forward
+        totals.add(loss, metrics, alpha=alpha, items=items, rows=rows, sums_terms=sums_terms)
+
+    def _scores(self, totals, name, epoch) -> Scores:
+        if totals.batches == 0:
+            raise ValueError(no_batch(name, epoch))
+        if not totals.counted and epoch > 0:
+            warnings.warn(
+                f"{name}: no row counts: each has the label that is ignored or a sample weight of 0, so that the loss "
+                "is 0 and its mean nan",
+                UserWarning,
+                stacklevel=3,
+            )
+        return totals.scores()
 
     def _validate(self, val, batch_size, run, setup) -> Scores:
         """The scores after an epoch, whose training is not lost if they cannot be had."""
@@ -386,47 +482,52 @@ class Trainer:
 
     @torch.no_grad()
     def _evaluate(self, name, data, batch_size, epoch=1, most=None) -> Scores:
-        """The scores of all batches, or of so many as ``most``."""
+        """The scores of all batches, or of so many as ``most``; ``epoch`` is 0 for a trial before the first."""
         totals = Totals()
         with mode(self.student, training=False), about(name):
             for _, columns in islice(batches(data, batch_size, shuffle=False), most):
-                inputs, targets, labels, weight = self._columns(columns)
-                options = {} if weight is None else {"sample_weight": weight}
-                if targets is None and isinstance(self.loss, DistillationLoss):
-                    options["alpha"] = 0.0
-                loss, metrics = self.loss(self.student(inputs), targets, labels, return_metrics=True, **options)
-                totals.add(loss, metrics, self._labelled(labels, weight))
-        scores = totals.scores()
-        if scores is None:
-            raise ValueError(no_batch(name, epoch))
-        return scores
+                batch = self._columns(columns)
+                options = {}
+                if isinstance(self.loss, DistillationLoss):
+                    if self.loss.num_items is not None:  # which is that of a training step
+                        options["num_items"] = None
+                    if batch[1] is None:
+                        options["alpha"] = 0.0
+                loss, metrics = self._forward(batch, options)
+                items = tuple(map(float, metrics.num_items))
+                self._add(totals, loss, metrics, batch, items, options.get("alpha"))
+        return self._scores(totals, name, epoch)
+
+    def _prepared(self, name, data, *, with_teacher=None):
+        """Data as batches are made from it, checked as far as it is in memory."""
+        data = prepare(name, data, float_dtype(self.student, torch.float32))
+        if in_memory(data):
+            with_teacher = self._makes_targets if with_teacher is None else with_teacher
+            with about(name):
+                check_weight(self._split(data, with_teacher)[-1])
+        return data
+
+    def _split(self, columns, with_teacher):
+        float_labels = not isinstance(self.loss, DistillationLoss)
+        return split_columns(columns, with_teacher=with_teacher, float_labels=float_labels)
+
+    @property
+    def _makes_targets(self) -> bool:
+        """Whether the teacher gives targets for any inputs, not only for the rows of train."""
+        return self.teacher is not None and not self._teacher_rows
 
     def _columns(self, columns, rows=None):
         """One batch as (inputs, targets, labels, sample_weight). ``rows``: which rows of train they are."""
-        if not isinstance(columns, tuple | list):
-            raise TypeError(
-                f"a batch must be a tuple or list of columns, got {describe(columns)}; data in memory is a "
-                "tuple of tensors"
-            )
-        if self.teacher is not None and (rows is not None or not self._teacher_rows):
-            inputs, labels, weight = _without_targets(columns)
-            if self._teacher_rows:
-                return inputs, self.teacher[rows], labels, weight
+        of_rows = self._teacher_rows and rows is not None
+        inputs, targets, labels, weight = self._split(columns, of_rows or self._makes_targets)
+        if weight is None and isinstance(self.loss, DistillationLoss):
+            weight = self.loss.sample_weight
+        if of_rows:
+            targets = self.teacher[rows]
+        elif self._makes_targets:
             with torch.no_grad(), mode(self.teacher, training=False):
-                return inputs, self.teacher(inputs), labels, weight
-        match columns:
-            case (inputs, second) if _is_labels(second):
-                return inputs, None, second, None
-            case (inputs, targets):
-                return inputs, targets, None, None
-            case (inputs, targets, labels):
-                return inputs, targets, labels, None
-            case (inputs, targets, labels, weight) if not _is_labels(weight):
-                return inputs, targets, labels, weight
-        raise ValueError(
-            "a batch must be (inputs, targets, labels), with sample_weight as a fourth column, (inputs, targets) or, "
-            f"with alpha = 0 or teacher=, (inputs, labels); got {describe(columns)}"
-        )
+                targets = self._call(self.teacher, inputs)
+        return inputs, targets, labels, weight
 
     def _check_teacher_rows(self, train):
         if not self._teacher_rows:
@@ -439,15 +540,6 @@ class Trainer:
             )
         if count != len(self.teacher):
             raise ValueError(f"teacher must have a row per row of train, got {len(self.teacher)} for {count}")
-
-    def _labelled(self, labels, weight) -> int | None:
-        """Rows with a label; None where the hard term's denominator says it, which a small step notices."""
-        if labels is None:
-            return 0
-        plain = weight is None and self.accumulate == 1 and isinstance(self.loss, DistillationLoss)
-        if plain and self.loss.alpha < 1 and self.loss.class_weight is self.loss.num_items is None:
-            return None
-        return int((labels != getattr(self.loss, "ignore_index", -100)).sum())
 
     def _is_small_step(self, inputs) -> bool:
         if not isinstance(inputs, Tensor):
@@ -470,7 +562,7 @@ class Trainer:
             "run": {
                 name: getattr(run, name) for name in ("epoch", "batch", "one_thread", "steps", "number", "epoch_random")
             },
-            "totals": [run.totals.batches, run.totals.sums, run.totals.rows],
+            "totals": asdict(run.totals),
             "history": run.history,
             "stopped": run.epochs if self.stop and run.batch == 0 else None,  # stop ends fit after a whole epoch
             "random": torch.get_rng_state(),
@@ -497,9 +589,8 @@ class Trainer:
         state = checkpoint.load_newest(self.checkpoint_dir)
         if state is None:
             return _Run(epochs)
-        for name, value in setup.items():
-            if state["setup"][name] != value:
-                raise ValueError(f"resume: the checkpoint was made with {name}={state['setup'][name]}, got {value}")
+        check_resumed(state, setup, self.callbacks, self.scheduler)
+        run = _resumed_run(state, epochs)
         try:
             self.student.load_state_dict(state["student"])
         except RuntimeError as error:
@@ -515,27 +606,20 @@ class Trainer:
                 setattr(self.loss, name, value)
         self.stop = state["stopped"] is not None and epochs <= state["stopped"]
         torch.set_rng_state(state["random"])
+        return run
+
+
+def _resumed_run(state, epochs) -> _Run:
+    try:
         history = History(
             EpochRecord(epoch, Scores(*train), None if val is None else Scores(*val), seconds)
             for epoch, train, val, seconds in state["history"]
         )
-        return _Run(epochs, **state["run"], totals=Totals(*state["totals"]), history=history, random=state["random"])
-
-
-def _without_targets(columns):
-    match columns:
-        case (inputs,):
-            return inputs, None, None
-        case (inputs, labels) if _is_labels(labels):
-            return inputs, labels, None
-        case (inputs, labels, weight) if (
-            _is_labels(labels) and isinstance(weight, Tensor) and weight.shape == labels.shape
-        ):
-            return inputs, labels, weight
-    raise ValueError(
-        "a batch must be (inputs, labels) or (inputs,) under teacher=, which makes the targets, or (inputs, labels, "
-        f"sample_weight); got {describe(columns)}"
-    )
+        return _Run(epochs, **state["run"], totals=Totals(**state["totals"]), history=history, random=state["random"])
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"resume: the checkpoint has another form than this version of pydistill's: {error}"
+        ) from error
 
 
 def _groups(found, size):
@@ -551,15 +635,12 @@ def _groups(found, size):
 
 
 def _shown(record):
-    """The numbers beside the progress bar."""
+    """The numbers beside the progress bar, without those that there are none of."""
     train = record.train
     shown = {"epoch": record.epoch, "loss": train.loss, "soft": train.soft_loss, "hard": train.hard_loss}
     best = record.val or train
-    return shown | {"accuracy": best.accuracy, "agreement": best.agreement}
-
-
-def _is_labels(column) -> bool:
-    return isinstance(column, Tensor) and not column.is_floating_point()
+    shown |= {"accuracy": best.accuracy, "agreement": best.agreement}
+    return {name: value for name, value in shown.items() if not math.isnan(value)}
 
 
 @contextmanager

@@ -1,33 +1,302 @@
-"""What the Trainer refuses, and in which words."""
+"""Validation of the Trainer's arguments, with its error messages."""
 
+import inspect
 import math
+import os
+import warnings
+from collections.abc import Iterable, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
+from numbers import Integral, Real
 
 import torch
+from torch import Tensor
+from torch.optim.lr_scheduler import CyclicLR, LRScheduler, OneCycleLR
 
 from pydistill.data import describe, row_count
+from pydistill.losses import DistillationLoss, LinearDistillationLoss
 
 _BATCH_NORMS = (torch.nn.BatchNorm1d, torch.nn.BatchNorm2d, torch.nn.BatchNorm3d)
+_LOSSES = (DistillationLoss, LinearDistillationLoss)
+_ORDER = "the order is Trainer(student, loss, teacher=teacher)"
 
 
-def check_count(name, value):
+def check_count(name, value) -> int:
     """A whole number of at least 1."""
-    if isinstance(value, bool) or not isinstance(value, int):
+    if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name} must be an integer, got {value!r}")
     if value < 1:
         raise ValueError(f"{name} must be at least 1, got {value}")
+    return int(value)
+
+
+def check_flag(name, value) -> bool:
+    """True or False, and nothing that merely counts as one of them."""
+    if value is not True and value is not False:
+        raise TypeError(f"{name} must be True or False, got {value!r}")
+    return value
+
+
+def check_seed(seed) -> int | None:
+    """A number that torch's generator takes as it is: it would wrap negative ones."""
+    if seed is None:
+        return None
+    if isinstance(seed, bool) or not isinstance(seed, Integral):
+        raise TypeError(f"seed must be an integer or None, got {seed!r}")
+    if not 0 <= seed < 2**64:
+        raise ValueError(f"seed must be in [0, 2**64), got {seed}")
+    return int(seed)
+
+
+def check_clip_norm(clip_norm):
+    """The largest norm of a gradient, or None."""
+    if clip_norm is None:
+        return
+    if isinstance(clip_norm, bool) or not isinstance(clip_norm, Real):
+        raise TypeError(f"clip_norm must be a number or None, got {clip_norm!r}")
+    if not clip_norm > 0:
+        raise ValueError(f"clip_norm must be positive, got {clip_norm!r}")
+
+
+def check_checkpoints(folder, every) -> int | None:
+    """Where to write checkpoints, and after how many steps; returns the latter."""
+    if folder is not None and not isinstance(folder, str | os.PathLike):
+        raise TypeError(f"checkpoint_dir must be a path or None, got {folder!r}")
+    if every is None:
+        return None
+    every = check_count("checkpoint_every", every)
+    if folder is None:
+        raise ValueError("checkpoint_every needs checkpoint_dir, the folder to write to")
+    return every
+
+
+def check_student(student):
+    """A model with parameters."""
+    if isinstance(student, _LOSSES):
+        raise TypeError(f"student must be the model, got the loss {type(student).__name__}: {_ORDER}")
+    if not isinstance(student, torch.nn.Module):
+        raise TypeError(f"student must be a torch.nn.Module, got {describe(student)}")
+    parameters = list(student.parameters())
+    if not parameters:
+        raise ValueError(f"student must have parameters to train, got {type(student).__name__} without any")
+    if any(map(torch.nn.parameter.is_lazy, parameters)):
+        raise ValueError(
+            f"student must have all its parameters, and lazy ones of this {type(student).__name__} have no shape yet: "
+            "call it on a batch before, student(inputs)"
+        )
+
+
+def check_teacher(teacher, *, rows: bool):
+    """A module, unless ``rows`` says that these are outputs; None for none."""
+    if isinstance(teacher, _LOSSES):
+        raise TypeError(f"teacher must be a model or its outputs, got the loss {type(teacher).__name__}: {_ORDER}")
+    if teacher is not None and not isinstance(teacher, torch.nn.Module) and not rows:
+        raise TypeError(
+            f"teacher must be a torch.nn.Module, SoftTargets or a TeacherStore, got {describe(teacher)}; the "
+            "outputs of other teachers go into the data: (inputs, targets, labels)"
+        )
+
+
+def check_loss(loss):
+    """A loss that can be called as a DistillationLoss is, and gives one number."""
+    call = "loss(student_logits, targets, labels, return_metrics=True)"
+    rule = f"loss must be a DistillationLoss, or a callable that is called as {call}"
+    if isinstance(loss, type):
+        raise TypeError(f"{rule}; got the class {loss.__name__}: pass an instance, {loss.__name__}(...)")
+    if isinstance(loss, LinearDistillationLoss):
+        raise TypeError(
+            f"{rule}; got a LinearDistillationLoss, which takes hidden states and a head: use DistillationLoss"
+        )
+    if not callable(loss):
+        raise TypeError(f"{rule}; got {describe(loss)}")
+    if getattr(loss, "reduction", "mean") != "mean":
+        raise ValueError(f'loss must have reduction="mean": the trainer steps on one number; got {loss.reduction!r}')
+    if not _accepts(loss, None, None, None, return_metrics=True):
+        hint = f". If it is the teacher: {_ORDER}" if isinstance(loss, torch.nn.Module) else ""
+        raise TypeError(f"{rule}; got {describe(loss)}, which does not take these arguments{hint}")
+
+
+def check_result(loss, result):
+    """What a loss must give under return_metrics=True."""
+    if not (isinstance(result, tuple | list) and len(result) == 2 and isinstance(result[0], Tensor)):
+        raise TypeError(f"loss must return (loss, LossMetrics); {describe(loss)} returned {describe(result)}")
+    if not (isinstance(result[1], tuple) and len(result[1]) == 5):
+        raise TypeError(f"loss must return LossMetrics second; {describe(loss)} returned {describe(result[1])}")
+    return result
 
 
 def check_optimizer(optimizer, student):
     """An optimizer that can train this student."""
     made = "made of the student's parameters, such as torch.optim.SGD(student.parameters(), lr=0.1)"
     if not isinstance(optimizer, torch.optim.Optimizer):
-        got = f"the class {optimizer.__name__}" if isinstance(optimizer, type) else describe(optimizer)
-        raise TypeError(f"optimizer must be a torch.optim.Optimizer {made}; got {got}")
+        raise TypeError(f"optimizer must be a torch.optim.Optimizer {made}; got {describe(optimizer)}")
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise ValueError("optimizer must step without a closure, which LBFGS needs to evaluate the loss several times")
     parameters = set(student.parameters())
     if not any(p in parameters for group in optimizer.param_groups for p in group["params"]):
         raise ValueError(f"optimizer must be {made}; this {type(optimizer).__name__} holds none of them")
+
+
+def check_trainable(student, optimizer):
+    """Some parameter must be able to learn."""
+    if not any(p.requires_grad for p in student.parameters()):
+        raise ValueError(
+            "student must have a parameter that requires a gradient, and all of them are frozen: call "
+            "student.requires_grad_(True), or on the part to train"
+        )
+    parameters = set(student.parameters())
+    held = (p for group in optimizer.param_groups for p in group["params"])
+    if not any(p.requires_grad and p in parameters for p in held):
+        raise ValueError(
+            "optimizer must hold a parameter of the student that requires a gradient; all those that this "
+            f"{type(optimizer).__name__} holds are frozen"
+        )
+
+
+def check_scheduler(scheduler, optimizer):
+    """A learning-rate scheduler of the optimizer; both are the caller's, or None."""
+    if scheduler is None:
+        return
+    made = "made of the optimizer, such as torch.optim.lr_scheduler.StepLR(optimizer, 10)"
+    if optimizer is None:
+        raise ValueError("scheduler must come with the optimizer that it was made for: pass optimizer= too")
+    if not isinstance(scheduler, LRScheduler):
+        raise TypeError(f"scheduler must be a scheduler of torch, {made}; got {describe(scheduler)}")
+    if scheduler.optimizer is not optimizer:
+        raise ValueError(
+            f"scheduler must be {made}; this {type(scheduler).__name__} changes the learning rate of another "
+            f"{type(scheduler.optimizer).__name__}"
+        )
+
+
+def check_horizon(scheduler, epochs):
+    """The scheduler is stepped once after each of the ``epochs`` to come: it must have been planned so."""
+    for part in () if scheduler is None else _schedulers(scheduler):
+        alone, name = part is scheduler, type(part).__name__
+        if isinstance(part, OneCycleLR):
+            left = part.total_steps - max(part.last_epoch, 0)
+            taken = f", of which {part.last_epoch} were taken" if part.last_epoch > 0 else ""
+            if epochs and (left > epochs or (alone and left < epochs)):
+                raise ValueError(
+                    f"scheduler: {name} is stepped once after each epoch, so total_steps must be the number of epochs, "
+                    f"{epochs}; got total_steps={part.total_steps}{taken}. Make it with total_steps={epochs}, or train "
+                    "in a loop of your own that steps it after each batch"
+                )
+            continue
+        length, option = _length(part)
+        done = max(getattr(x, "last_epoch", 0) for x in (scheduler, part))  # a ChainedScheduler has none
+        if not epochs or length <= epochs + done:
+            continue
+        if isinstance(part, CyclicLR):
+            raise ValueError(
+                f"scheduler: {name} is stepped once after each epoch, so a cycle must fit into the {epochs} epochs; "
+                f"got {option}={length:g}. Give the steps in epochs, or train in a loop of your own that steps it "
+                "after each batch"
+            )
+        warnings.warn(
+            f"scheduler: {name} is stepped once after each epoch, and with {option}={length:g} it will not have run "
+            f"its course after {epochs} epochs. If {option} was meant in batches, give it in epochs",
+            UserWarning,
+            stacklevel=3,
+        )
+
+
+def _schedulers(scheduler):
+    """A scheduler, and those that it is made of."""
+    yield scheduler
+    for part in getattr(scheduler, "_schedulers", ()):
+        yield from _schedulers(part)
+
+
+def _length(scheduler):
+    """``(steps, option)``: after how many steps it has run its course, and which option says so."""
+    if isinstance(scheduler, CyclicLR):
+        return scheduler.total_size, "step_size_up + step_size_down"
+    for option in ("T_max", "total_iters"):
+        if isinstance(getattr(scheduler, option, None), Real):
+            return getattr(scheduler, option), option
+    return 0, None
+
+
+def check_callbacks(callbacks) -> tuple:
+    """Functions of (trainer, record)."""
+    rule = "callbacks must be a sequence of functions of (trainer, record)"
+    if not isinstance(callbacks, Iterable) or isinstance(callbacks, str | type):
+        hint = ": put it into a list" if callable(callbacks) else ""
+        raise TypeError(f"{rule}; got {describe(callbacks)}{hint}")
+    callbacks = tuple(callbacks)
+    for callback in callbacks:
+        if isinstance(callback, type):
+            raise TypeError(f"{rule}; got {describe(callback)}: pass an instance, {callback.__name__}()")
+        if not callable(callback):
+            raise TypeError(f"{rule}; got {describe(callback)}, which cannot be called")
+        if not _accepts(callback, None, None):
+            raise TypeError(f"{rule}; got {describe(callback)}, which does not take these two arguments")
+    return callbacks
+
+
+def check_schedules(schedules, loss) -> dict:
+    """Options of the loss, each with a function of the epoch."""
+    rule = "schedules must map options of the loss to functions of the epoch"
+    if schedules is None:
+        return {}
+    if not isinstance(schedules, Mapping):
+        raise TypeError(f'{rule}, such as {{"alpha": lambda epoch: 1 / epoch}}; got {describe(schedules)}')
+    for name, schedule in schedules.items():
+        if not isinstance(name, str) or not hasattr(loss, name):
+            raise ValueError(f"{rule}; got {name!r}, which {describe(loss)} does not have")
+        if not callable(schedule) or not _accepts(schedule, 1):
+            raise ValueError(f"{rule}; got {name!r}: {schedule!r}")
+    return dict(schedules)
+
+
+def check_resumed(state, setup, callbacks, scheduler):
+    """A checkpoint must be of a run like this one, callback by callback."""
+    parts = [
+        "setup",
+        "run",
+        "totals",
+        "history",
+        "stopped",
+        "random",
+        "student",
+        "optimizer",
+        "scheduler",
+        "callbacks",
+        "loss",
+    ]
+    missing = [name for name in parts if not isinstance(state, dict) or name not in state]
+    if missing:
+        raise ValueError(f"resume: the checkpoint lacks {', '.join(missing)}, and no Trainer of this version wrote it")
+    for name, value in setup.items():
+        if state["setup"].get(name) != value:
+            raise ValueError(f"resume: the checkpoint was made with {name}={state['setup'].get(name)}, got {value}")
+    if len(state["callbacks"]) != len(callbacks):
+        raise ValueError(
+            f"resume: the checkpoint was made with {len(state['callbacks'])} callbacks, got {len(callbacks)}"
+        )
+    for i, (callback, of_callback) in enumerate(zip(callbacks, state["callbacks"], strict=True)):
+        if of_callback is not None and not hasattr(callback, "load_state_dict"):
+            raise ValueError(
+                f"resume: the checkpoint holds the state of callback {i}, and {describe(callback)} has no "
+                "load_state_dict; pass the callbacks in the order of the run that made it"
+            )
+    if (state["scheduler"] is None) != (scheduler is None):
+        made, got = ("without", "one") if state["scheduler"] is None else ("with", "none")
+        raise ValueError(f"resume: the checkpoint was made {made} a scheduler, got {got}")
+
+
+def _accepts(function, *args, **kwargs) -> bool:
+    """Whether the arguments fit, as far as that is known."""
+    try:
+        signature = inspect.signature(function.forward if isinstance(function, torch.nn.Module) else function)
+    except (TypeError, ValueError):  # some functions that are not written in Python
+        return True
+    try:
+        signature.bind(*args, **kwargs)
+    except TypeError:
+        return False
+    return True
 
 
 def has_lone_last_row(data, batch_size) -> bool:
@@ -75,7 +344,7 @@ def no_batch(name, epoch) -> str:
 
 @contextmanager
 def about(name):
-    """What goes wrong inside is said of these data: the loss and the student do not know whose batch it is."""
+    """Prefixes errors with the name of the data: the loss and the student do not know whose batch it is."""
     try:
         yield
     except (TypeError, ValueError, IndexError, RuntimeError) as error:

@@ -1,49 +1,21 @@
-"""The trainer: what it computes, what it restores, what it refuses."""
+"""The trainer: what it computes, and what it restores. What it refuses is in test_trainer_errors.py."""
 
 import math
 import sys
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
+from training import CLASSES, FEATURES, ROWS, make_data, mlp, same_students, trainer_for, weights
 
 import pydistill
-from pydistill.trainer import Trainer
-
-ROWS, FEATURES, CLASSES = 150, 6, 4  # 150 is not a multiple of any batch size below
-
-
-def mlp(dropout=0.0):
-    layers = [nn.Linear(FEATURES, 16), nn.ReLU(), nn.Dropout(dropout), nn.Linear(16, CLASSES)]
-    return nn.Sequential(*layers)
 
 
 @pytest.fixture
 def data():
-    """Inputs, a linear teacher's logits, and its classes as labels."""
-    generator = torch.Generator().manual_seed(7)
-    inputs = torch.randn(ROWS, FEATURES, generator=generator)
-    logits = inputs @ (2 * torch.randn(FEATURES, CLASSES, generator=generator))
-    return inputs, logits, logits.argmax(-1)
-
-
-def trainer_for(student, loss=None, **options):
-    return Trainer(student, loss, **({"seed": 0, "progress": False} | options))
-
-
-def weights(student):
-    return torch.cat([p.detach().flatten() for p in student.parameters()])
-
-
-def same_students(count, dropout=0.0):
-    first = mlp(dropout)
-    others = [mlp(dropout) for _ in range(count - 1)]
-    for student in others:
-        student.load_state_dict(first.state_dict())
-    return [first, *others]
+    return make_data()
 
 
 class Recorder(nn.Module):
@@ -364,148 +336,6 @@ class TestThreads:
         assert seen == [1]
         assert torch.get_num_threads() == 2
         assert not student.training
-
-
-class TestErrors:
-    @pytest.mark.parametrize(
-        ("make", "error", "message"),
-        [
-            (lambda: Trainer("net"), TypeError, "student must be a torch.nn.Module, got str"),
-            (
-                lambda: Trainer(mlp(), teacher=len),
-                TypeError,
-                r"teacher must be a torch.nn.Module, SoftTargets or a TeacherStore, got builtin.*data",
-            ),
-            (
-                lambda: Trainer(mlp(), pydistill.DistillationLoss(reduction="sum")),
-                ValueError,
-                "loss must have reduction=\"mean\".*got 'sum'",
-            ),
-            (
-                lambda: Trainer(mlp(), optimizer=torch.optim.SGD),
-                TypeError,
-                r"optimizer must be a torch.optim.Optimizer made of the student's.*got the class SGD",
-            ),
-            (lambda: Trainer(mlp(), optimizer=3), TypeError, "optimizer must be a torch.optim.Optimizer.*got int"),
-            (
-                lambda: Trainer(mlp(), optimizer=torch.optim.SGD(mlp().parameters(), lr=0.1)),
-                ValueError,
-                "optimizer must be made of the student's parameters.*this SGD holds none of them",
-            ),
-            (
-                lambda: Trainer(mlp(), scheduler=object()),
-                ValueError,
-                "scheduler must come with the optimizer",
-            ),
-        ],
-    )
-    def test_constructor(self, make, error, message):
-        with pytest.raises(error, match=message):
-            make()
-
-    @pytest.mark.parametrize(
-        ("change", "error", "message"),
-        [
-            (lambda x, t, y: x, TypeError, "train must be a tuple of tensors or arrays.*got Tensor of shape"),
-            (lambda x, t, y: 3, TypeError, "train must be a tuple of tensors or arrays.*got int"),
-            (
-                lambda x, t, y: (x, t.tolist(), y),
-                TypeError,
-                "train must hold tensors, arrays.*element 1 is list: pass it as a tensor or an array",
-            ),
-            (lambda x, t, y: (x, t, np.array(list("ab") * 75)), TypeError, "element 2 is ndarray of.*LabelEncoder"),
-            (lambda x, t, y: (x, t, y[:9]), ValueError, "train must hold columns of one length.*150, 150, 9"),
-            (lambda x, t, y: (x[:0], t[:0], y[:0]), ValueError, "train must hold at least one row"),
-            (lambda x, t, y: (), ValueError, "train must hold at least one row"),
-            (lambda x, t, y: [], ValueError, "train must give at least one batch, got none in epoch 1$"),
-            (
-                lambda x, t, y: iter([(x, t, y)]),
-                ValueError,
-                "none in epoch 2; an iterator runs out after one epoch",
-            ),
-            (
-                lambda x, t, y: [x, t, y],
-                TypeError,
-                "a batch must be a tuple or list.*got Tensor.*in memory is a tuple",
-            ),
-            (
-                lambda x, t, y: (x,),
-                ValueError,
-                r"a batch must be \(inputs, targets, labels\).*got \(Tensor of shape",
-            ),
-            (lambda x, t, y: (x, t, y, y), ValueError, r"a batch must be \(inputs, targets, labels\)"),
-            (lambda x, t, y: (x, y), ValueError, "teacher must be given unless alpha is 0"),
-        ],
-    )
-    def test_data(self, data, change, error, message):
-        with pytest.raises(error, match=message):
-            trainer_for(mlp()).fit(change(*data), epochs=2)
-
-    def test_data_frames_and_stores(self, data, tmp_path):
-        frame = pytest.importorskip("pandas").DataFrame(data[0].numpy())
-        for train in ((frame, *data[1:]), frame):
-            with pytest.raises(TypeError, match=r"DataFrame: pass its \.to_numpy\(\)"):
-                trainer_for(mlp()).fit(train, epochs=1)
-        store = pydistill.TeacherStore.build(tmp_path, mlp(), data[0])
-        with pytest.raises(TypeError, match="element 1 is TeacherStore: pass it to the Trainer, as teacher=store"):
-            trainer_for(mlp()).fit((data[0], store, data[2]), epochs=1)
-
-    @pytest.mark.parametrize(
-        ("change", "error", "message"),
-        [
-            (lambda x, t, y: (x, t[:, :3], y), ValueError, "val: teacher must have the shape of student_logits"),
-            (lambda x, t, y: (x, y + CLASSES), IndexError, "val: .*label"),
-            (lambda x, t, y: (x[:, :2], y), RuntimeError, "val: mat1 and mat2 shapes"),
-            (lambda x, t, y: [(x, t, y, y)], ValueError, r"val: a batch must be \(inputs, targets, labels\)"),
-        ],
-    )
-    def test_validation_data_that_do_not_fit_cost_no_step(self, data, change, error, message):
-        student = mlp()
-        before = weights(student)
-        with pytest.raises(error, match=message):
-            trainer_for(student).fit(data, change(*data), epochs=1)
-        assert torch.equal(weights(student), before)
-
-    @pytest.mark.parametrize(("rows", "batch_size"), [(65, 64), (1, 64), (3, 1)])
-    def test_a_last_batch_of_one_row_and_batch_norm(self, data, rows, batch_size):
-        student = nn.Sequential(nn.Linear(FEATURES, CLASSES), nn.BatchNorm1d(CLASSES))
-        state = torch.random.get_rng_state()
-        few = tuple(x[:rows] for x in data)
-        with pytest.raises(ValueError, match=f"batch_size must not leave .* {rows} rows in batches of {batch_size} do"):
-            trainer_for(student).fit(few, epochs=1, batch_size=batch_size)
-        assert student[1].num_batches_tracked == 0
-        assert torch.equal(torch.random.get_rng_state(), state)
-        images = torch.randn(65, 1, 3, 3)  # more than one value per channel even in one row
-        layers = nn.Conv2d(1, CLASSES, 2), nn.BatchNorm2d(CLASSES), nn.AdaptiveAvgPool2d(1), nn.Flatten()
-        student = nn.Sequential(*layers)
-        assert len(trainer_for(student).fit((images, *(x[:65] for x in data[1:])), epochs=1)) == 1
-
-    def test_targets_beside_a_teacher(self, data):
-        with pytest.raises(ValueError, match=r"\(inputs, labels\) or \(inputs,\) under teacher="):
-            trainer_for(mlp(), teacher=mlp()).fit(data, epochs=1)
-
-    def test_validation_and_evaluation_data_are_named(self, data):
-        trainer = trainer_for(mlp())
-        with pytest.raises(TypeError, match="val must be a tuple"):
-            trainer.fit(data, data[0], epochs=1)
-        with pytest.raises(TypeError, match="data must be a tuple"):
-            trainer.evaluate(data[0])
-        with pytest.raises(ValueError, match="data must give at least one batch"):
-            trainer.evaluate([])
-        with pytest.raises(ValueError, match=r"val must give at least one batch, got none in epoch 2; an iterator"):
-            trainer.fit(data, iter([data]), epochs=2)
-
-    @pytest.mark.parametrize(
-        ("options", "error", "message"),
-        [
-            ({"epochs": 0}, ValueError, "epochs must be at least 1, got 0"),
-            ({"epochs": 1.5}, TypeError, "epochs must be an integer, got 1.5"),
-            ({"epochs": 1, "batch_size": 0}, ValueError, "batch_size must be at least 1, got 0"),
-        ],
-    )
-    def test_counts(self, data, options, error, message):
-        with pytest.raises(error, match=message):
-            trainer_for(mlp()).fit(data, **options)
 
 
 class TestMore:

@@ -1,4 +1,4 @@
-"""What a Trainer learns from, in batches: tensors and arrays in memory, a Dataset, or an iterable of batches."""
+"""The Trainer's data in batches: tensors and arrays in memory, a Dataset, or an iterable of batches."""
 
 import math
 from types import BuiltinFunctionType, FunctionType
@@ -137,7 +137,7 @@ def _is_vector(column) -> bool:
 
 
 def _is_weight(column, labels) -> bool:
-    return isinstance(column, Tensor) and column.is_floating_point() and column.shape == labels.shape
+    return isinstance(column, Tensor) and column.is_floating_point() and column.shape == getattr(labels, "shape", None)
 
 
 def _no_labels(column) -> TypeError:

@@ -230,10 +230,10 @@ class Trainer:
         Raises:
             TypeError, ValueError: data of another form, columns of different lengths, no rows, inputs that are not
                 finite, epochs or batch_size below 1; a student that is frozen; a scheduler planned for another number
-                of steps; a resume from the checkpoints of another model, data or
-                batch_size, or of none that is whole; a new run into a folder with checkpoints; a last batch of one
-                row for a student with BatchNorm; a loss or weights that are no longer finite (before such a step, or
-                before a checkpoint is written); what the loss raises.
+                of steps; a resume from the checkpoints of another model, data or batch_size, or of none that is whole;
+                a new run into a folder with checkpoints; a last batch of one row for a student with BatchNorm; a loss
+                or weights that are no longer finite (before such a step, or before a checkpoint is written). What
+                student, teacher and loss raise is raised with the name of the data before it.
             OSError: a checkpoint could not be written; the ones before are whole.
         """
         epochs, batch_size = check_count("epochs", epochs), check_count("batch_size", batch_size)
@@ -392,7 +392,7 @@ class Trainer:
         total = 0.0
         for batch, of_batch in zip(group, items, strict=True):
             with about("train"):
-                loss, metrics = self._forward(batch, shared)
+                loss, metrics = self._forward(batch, shared, self.autocast)
             adds_up = parts == 1 or isinstance(self.loss, DistillationLoss)
             (loss if adds_up else loss / parts).backward()
             total += float(loss.detach())
@@ -403,15 +403,15 @@ class Trainer:
             torch.nn.utils.clip_grad_norm_(self.student.parameters(), self.clip_norm)
         self.optimizer.step()
 
-    def _forward(self, batch, options):
+    def _forward(self, batch, options, autocast=None):
         """``(loss, metrics)`` of a batch; ``options`` of the loss are those of this call."""
         inputs, targets, labels, weight = batch
         if weight is not None:
             options = options | {"sample_weight": weight}
-        if self.autocast is None or not self.student.training:
+        if autocast is None:
             logits = self._call(self.student, inputs)
         else:
-            with torch.autocast("cpu", self.autocast):
+            with torch.autocast("cpu", autocast):
                 logits = self._call(self.student, inputs)
         return check_result(self.loss, self.loss(logits, targets, labels, return_metrics=True, **options))
 
@@ -449,7 +449,7 @@ class Trainer:
             rows = items if plain else self._items(targets, labels, counts, class_weight=False)
         else:
             items = rows = divisors
-            if labels is not None and not labels.is_floating_point():
+            if isinstance(labels, Tensor) and not labels.is_floating_point():
                 soft, labelled = self._items(targets, labels, counts, class_weight=False)
                 rows = (rows[0] if weight is None else soft), labelled
         alpha = getattr(self.loss, "alpha", None) if alpha is None else alpha

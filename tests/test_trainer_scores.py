@@ -221,6 +221,24 @@ def test_a_loss_with_an_alpha_of_its_own_meaning(rows):
     assert scores.accuracy == pytest.approx(expected(logits, targets, labels).accuracy, rel=1e-12)
 
 
+def test_a_loss_may_take_labels_of_its_own_form(rows):
+    inputs, targets, _, _ = rows
+    student, logits = student_and_logits(inputs)
+    mixed = torch.rand(ROWS, CLASSES, dtype=torch.float64).softmax(-1)
+
+    def loss(student_logits, teacher, labels, **options):
+        loss, metrics = pydistill.distillation_loss(student_logits, teacher, alpha=1.0, **options)
+        return loss + nn.functional.cross_entropy(student_logits, labels), metrics
+
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.0)
+    trainer = trainer_for(student, loss, optimizer=optimizer)
+    want = float(loss(logits, targets, mixed, return_metrics=True)[0])
+    (record,) = trainer.fit((inputs, targets, mixed), (inputs, targets, mixed), epochs=1, batch_size=16)
+    assert record.train.loss == pytest.approx(want, rel=1e-12)
+    assert record.val.loss == pytest.approx(want, rel=1e-12)
+    assert math.isnan(record.train.accuracy)
+
+
 @options_of_losses
 @pytest.mark.parametrize("weighted", [False, True], ids=["unweighted", "weighted"])
 def test_an_accumulated_step_is_that_of_one_batch(rows, options, weighted):
@@ -237,6 +255,21 @@ def test_an_accumulated_step_is_that_of_one_batch(rows, options, weighted):
     one, parts = map(weights, students)
     assert (one - start).abs().max() > 1e-3
     torch.testing.assert_close(parts, one, rtol=1e-12, atol=1e-13)
+
+
+def test_an_accumulated_step_of_another_loss_is_the_mean_of_its_batches(rows):
+    inputs, targets, labels, _ = rows
+    ours, by_hand = (student.double() for student in same_students(2))
+    batches = [(inputs[i : i + 40], targets[i : i + 40], labels[i : i + 40]) for i in range(0, ROWS, 40)]
+
+    def loss(*columns, **options):
+        return pydistill.distillation_loss(*columns, **options)
+
+    optimizer = torch.optim.SGD(ours.parameters(), lr=1.0)
+    trainer_for(ours, loss, optimizer=optimizer, accumulate=4).fit(batches, epochs=1)
+    sum(pydistill.distillation_loss(by_hand(x), t, y) / 4 for x, t, y in batches).backward()
+    torch.optim.SGD(by_hand.parameters(), lr=1.0).step()
+    torch.testing.assert_close(weights(ours), weights(by_hand), rtol=1e-12, atol=1e-13)
 
 
 def test_weights_of_the_loss_itself_count(rows):

@@ -20,14 +20,31 @@ void RowKernel<T>::set_apart(int64_t row, const RowPlan& plan) {
   }
 }
 
-// A block for the scan, in `to`, which may be the block itself; a class apart gets the lowest number, whose
-// exponential is 0. Its logit goes into `logit` only here, where the block is in cache: looked up before the scan,
-// each is a wait for memory.
+// A block for the scan, in `to`, which may be the block itself, with the mask in place of the classes apart. Their
+// logits go into `logit` only here, where the block is in cache: looked up before the scan, each is a wait for
+// memory.
 template <class T>
-const T* RowKernel<T>::without(std::span<Apart> apart, const T* x, int64_t begin, int n, T* to, T Apart::* logit) {
+const T* RowKernel<T>::without(std::span<Apart> apart, const T* x, int64_t begin, int n, T* to,
+                               T Apart::* logit) const {
   if (x != to) std::memcpy(to, x, size_t(n) * sizeof(T));
-  for (Apart& a : apart) a.*logit = std::exchange(to[a.index - begin], std::numeric_limits<T>::lowest());
+  for (Apart& a : apart) a.*logit = std::exchange(to[a.index - begin], mask_);
   return to;
+}
+
+// The scan over the rest. A mask of -inf is always right. But where the teacher is scanned too it makes 0 * inf of
+// the cross sum, whose block is then computed again; the lowest number does not, and is right unless it is the
+// maximum.
+template <class T>
+typename RowKernel<T>::RowState RowKernel<T>::scan_without_apart(int64_t row, const RowPlan& plan) {
+  constexpr T lowest = std::numeric_limits<T>::lowest();
+  set_apart(row, plan);
+  mask_ = scan_teacher_ ? lowest : -std::numeric_limits<T>::infinity();
+  RowState state = scan(row);
+  if (scan_teacher_ && (state.max.student == lowest || state.max.teacher == lowest)) {
+    mask_ = -std::numeric_limits<T>::infinity();
+    state = scan(row);
+  }
+  return state;
 }
 
 // exp(x / T) of a few numbers x <= 0, in place, in whole vectors.
@@ -45,10 +62,6 @@ inline void exponentials_in_place(T* x, int count, const Base<T>& base) {
 // After the scan: what it found is the rest's. The sum for cross-entropy gets the classes apart back.
 template <class T>
 void RowKernel<T>::add_apart(RowState& state) {
-  constexpr T lowest = std::numeric_limits<T>::lowest();
-  // No rest, the sums are of nothing but lowest; a NaN, which is no maximum either, stays.
-  if (state.max.student == lowest && !std::isnan(state.sums.student)) state.sums.student = state.sums.hard = 0;
-  if (state.max.teacher == lowest && !std::isnan(state.sums.teacher)) state.sums.teacher = state.sums.cross = 0;
   state.whole_max = double(state.max.student);
   for (const Apart& a : apart_) state.whole_max = std::max(state.whole_max, double(a.student));
   if (!hard_) return;

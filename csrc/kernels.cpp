@@ -93,8 +93,9 @@ class RowKernel {
   PointSums second_pass(int64_t row, const RowState& state);
   double difference_pass(int64_t row, RowState& state);
   void set_apart(int64_t row, const RowPlan& plan);
+  RowState scan_without_apart(int64_t row, const RowPlan& plan);
   void add_apart(RowState& state);
-  static const T* without(std::span<Apart> apart, const T* x, int64_t begin, int n, T* to, T Apart::* logit);
+  const T* without(std::span<Apart> apart, const T* x, int64_t begin, int n, T* to, T Apart::* logit) const;
   double topk_term(int64_t row, double scale, RowState& state, Factors& factors);
   double dkd_term(double scale, RowState& state, Factors& factors);
   template <class D>
@@ -127,6 +128,7 @@ class RowKernel {
   T *student_block_, *teacher_block_, *out_block_;
   Running* block_max_;
   std::span<Apart> apart_;       // of the row at hand, by index
+  T mask_ = 0;                   // what stands for them in a scan; its exponential is 0
   T *p_, *q_, *log_ratio_, *h_;  // of the classes apart, and of the rest as one more outcome
 };
 
@@ -468,8 +470,7 @@ void RowKernel<T>::compare_argmax(int64_t row, const RowPlan& plan, const RowSta
 template <class T>
 RowOutcome RowKernel<T>::run(int64_t row, const RowPlan& plan) {
   RowOutcome outcome;
-  if (!apart_.empty()) set_apart(row, plan);
-  RowState state = scan(row);
+  RowState state = apart_.empty() ? scan(row) : scan_without_apart(row, plan);
   const Sums& sums = state.sums;
   const double units = options_.t_squared ? temperature_ * temperature_ : 1;
   const double scale = plan.soft_scale * units / temperature_;

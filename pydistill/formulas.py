@@ -186,8 +186,8 @@ def outcomes(student, teacher, indices, log_partitions, temperature):
 
 def dkd(student, teacher, labels, temperature, beta):
     """KL of (label, all others), and beta times the KL within the others, in log space."""
-    if student.shape[-1] == 1:
-        return (student * 0).sum(-1)
+    if student.shape[-1] == 1:  # 0, but NaN for a logit that is not finite
+        return (log_softened(student, temperature) * log_softened(teacher, temperature)).sum(-1)
     of_label = F.one_hot(labels, student.shape[-1]).bool()
     parts = []
     for logits in (teacher, student):
@@ -239,6 +239,8 @@ def loss_formula(batch):
     if batch.teacher is not None:
         teacher = torch.where(soft_rows.unsqueeze(-1), batch.teacher.detach().to(dtype), 0)
         value = soft_value(student, teacher, labels, options, batch.teacher_indices, batch.log_partitions)
+        no_gradient = value.isnan() | (value == math.inf) if options.divergence == "reverse_kl" else value.isnan()
+        value = value + spoiled_gradient(student, no_gradient)
         soft = torch.where(soft_rows, weight * value, zero)
     if batch.labels is not None:
         ce = F.cross_entropy(  # flattened: from three dimensions on it takes the second one for the classes
@@ -256,6 +258,16 @@ def loss_formula(batch):
         soft = mean(soft, counted[0] if options.soft_items is None else options.soft_items, soft_rows)
         hard = mean(hard, counted[1] if options.hard_items is None else options.hard_items, labelled_rows)
     return combine(options.alpha, soft, hard), soft, hard
+
+
+def spoiled_gradient(student, rows):
+    """0 per row, whose gradient is NaN in the given rows, in every class, and 0 in the others.
+
+    Of itself a row whose value is NaN has a gradient that is NaN in some of its classes only, or 0: the derivative of
+    abs at NaN.
+    """
+    x = torch.where(rows, student.logsumexp(-1), 0)
+    return 0 * torch.where(rows, x - x.detach(), 1).sqrt()
 
 
 def mean(total, items, rows):
@@ -292,8 +304,9 @@ def counted_rows(batch):
     soft_rows = weight != 0
     labelled_rows, labels = torch.zeros_like(soft_rows), None
     if batch.labels is not None:
-        ignored = batch.labels == options.ignore_index
-        labels = torch.where(ignored, 0, batch.labels).long()
+        labels = batch.labels.long()  # first: compared with int32 labels, an index beyond 32 bits would wrap around
+        ignored = labels == options.ignore_index
+        labels = torch.where(ignored, 0, labels)
         labelled_rows = soft_rows & ~ignored
         if options.unlabeled == "skip":
             soft_rows = labelled_rows

@@ -185,7 +185,8 @@ def _loss(student, teacher, labels, weights, options, chunk_rows, return_metrics
         if head is not None:
             with torch.no_grad():
                 teacher = head.logits()
-        loss = distillation_loss(student.logits(), teacher, labels, **weights, **options, return_metrics=return_metrics)
+        counts = _rows_that_count(student.hidden.shape[:-1], labels, sample_weight=weights["sample_weight"], **options)
+        loss = distillation_loss(student.logits(counts), teacher, labels, **weights, **options, return_metrics=return_metrics)
         backend.last_call.text += "; on the whole logits: " + (why or "another recorder than torch.compile")
         return loss
     in_memory = dict(zip(names, student[:3], strict=True))
@@ -230,6 +231,18 @@ def _loss(student, teacher, labels, weights, options, chunk_rows, return_metrics
     return (loss, make_metrics(outcome, logits)) if return_metrics else loss
 
 
+def _rows_that_count(shape, labels, *, sample_weight, ignore_index, unlabeled, alpha, **_):
+    """Mask of the rows with a term, as far as the arguments fit each other; None where all of them may have one."""
+    counts = None
+    if isinstance(labels, Tensor) and labels.shape == shape:
+        counts = labels.long() != ignore_index
+        if unlabeled == "distill":
+            counts = counts | (torch.as_tensor(alpha, device=labels.device) > 0)
+    if isinstance(sample_weight, Tensor) and sample_weight.shape == shape:
+        counts = sample_weight != 0 if counts is None else counts & (sample_weight != 0)
+    return counts
+
+
 def _rows(hidden):
     return hidden.reshape(-1, hidden.shape[-1])
 
@@ -253,6 +266,8 @@ def _check_head(hidden, weight, bias, softcap, scale, names) -> Head:
         raise ValueError(
             f"{names[0]} must be (..., H) and {names[1]} (C, H), got {tuple(hidden.shape)} and {tuple(weight.shape)}"
         )
+    if weight.shape[1] == 0:
+        raise ValueError(f"{names[1]} must be (C, H) with H of at least 1, got {tuple(weight.shape)}")
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"{names[2]} must be ({weight.shape[0]},), one per class, got {tuple(bias.shape)}")
     for name, tensor in ((names[1], weight), (names[2], bias)):

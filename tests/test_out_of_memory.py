@@ -15,7 +15,7 @@ SCRIPT = """
 import gc, itertools, resource, sys, torch, pydistill
 from pathlib import Path
 
-ROWS, CLASSES, STEP = 40, 60000, 512 << 10  # a gradient that is large enough to be kept for the next step
+ROWS, CLASSES, STEP = 40, 60000, 640 << 10  # a gradient that is large enough to be kept for the next step
 CASES = ("mean", "in place", "none", "strided", "reverse_kl", "dkd", "mse", "top-k", "head")
 
 def address_space():
@@ -74,10 +74,12 @@ with pydistill.use_backend(backend, isa=isa):
         loss_and_gradient(case, rows[:1].clone().requires_grad_() * 1, teacher[:1], labels[:1])
         torch.set_num_threads(threads)
         if case == "head":
-            torch.randn(1 << 20).exp()  # torch's products start the pool by themselves, and end the process if they can't
+            torch.randn(1 << 20).exp()  # torch's products start the pool themselves, and end the process if they cannot
         failures, growth, found = fail_until_it_works(case, rows, teacher, labels)
         expected = loss_and_gradient(case, rows.clone().requires_grad_() * 1, teacher, labels)
-        assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1]), case
+        tolerance = 1e-5 if case == "head" else 0  # torch's products depend on where their memory lies
+        for x, y in zip(found, expected):
+            assert (x - y).norm() <= tolerance * y.norm(), case
         print(case, failures, growth >> 20, sep=",", flush=True)
 """
 

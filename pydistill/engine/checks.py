@@ -409,6 +409,7 @@ def check_rows(batch):
     labels, weight = (None if x is None else x.reshape(-1) for x in (batch.labels, batch.sample_weight))
     bad_labels = bad_weights = torch.zeros((), dtype=torch.bool)
     if labels is not None:
+        labels = labels.long()  # compared with int32 labels, an ignore_index beyond 32 bits would wrap around
         outside = (labels < 0) | (labels >= batch.student.shape[-1])
         bad_labels = outside & (labels != batch.options.ignore_index)
     if weight is not None:

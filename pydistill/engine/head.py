@@ -28,11 +28,15 @@ class Head(NamedTuple):
     softcap: float | None
     scale: float
 
-    def logits(self):
-        """All of them, by differentiable torch operations."""
+    def logits(self, counts=None):
+        """All of them, by differentiable torch operations.
+
+        Rows that do not count have hidden states of 0: 0 times a NaN there would reach the gradient of the weight.
+        """
         dtype = torch.promote_types(self.hidden.dtype, self.weight.dtype)  # they differ after autocast
         bias = None if self.bias is None else self.bias.to(dtype)
-        logits = F.linear(self.hidden.to(dtype), self.weight.to(dtype), bias)
+        hidden = self.hidden if counts is None else torch.where(counts.unsqueeze(-1), self.hidden, 0)
+        logits = F.linear(hidden.to(dtype), self.weight.to(dtype), bias)
         if self.softcap is None:
             return logits if self.scale == 1 else logits * self.scale
         logits = logits.to(loss_dtype(logits))
@@ -243,6 +247,7 @@ class _Totals:
     def __init__(self, batch, soft_rows, labelled_rows, metrics):
         self._dtype, self._metrics = loss_dtype(batch.student), metrics
         self._soft_rows, self._labelled_rows = soft_rows, labelled_rows
+        self._soft = batch.options.alpha > 0
         rows = len(soft_rows) if batch.options.reduction == "none" else None
         self._sums = [0.0] * 3 if rows is None else [batch.student.new_zeros(rows, dtype=self._dtype) for _ in range(3)]
         for k, on in ((1, batch.options.alpha > 0), (2, batch.options.alpha < 1)):
@@ -282,6 +287,7 @@ class _Totals:
                 (self._right, int(self._labelled_rows.sum())),
             )
         )
+        agreement = agreement if self._soft else float("nan")  # also where no chunk was left to say so
         return Outcome(loss, soft, hard, agreement, accuracy, *items, bool(self._looks_like_probs))
 
 
@@ -353,8 +359,9 @@ class FusedHead(torch.autograd.Function):
 
 def _differentiable(call, inputs, wanted, grad_output):
     """The gradients as differentiable operations, for a second derivative; all logits exist then."""
+    soft_rows, labelled_rows, _, _ = counted_rows(call.batch)
     with torch.enable_grad():
-        student = call.student.logits()
+        student = call.student.logits(rows_with_a_term(call.batch, soft_rows, labelled_rows))
         teacher = call.batch.teacher
         if call.teacher is not None:
             with torch.no_grad():

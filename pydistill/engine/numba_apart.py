@@ -11,7 +11,7 @@ from functools import cache
 import numba
 import numpy as np
 
-from pydistill.engine.numba_kernels import _njit, _Sums, cross_entropy, first_at, scan, write_gradient
+from pydistill.engine.numba_kernels import _njit, cross_entropy, first_at, scan, write_gradient
 from pydistill.formulas import DIVERGENCES, Point
 
 
@@ -147,7 +147,6 @@ def _kernel(name, topk):
         rows = len(plan.label)
         k = len(indices) // max(rows, 1) if topk else (0 if mse else 1)
         width = k if topk else classes
-        lowest = np.finfo(student.dtype).min
         without_s, without_t = np.empty(classes, student.dtype), np.empty(classes, student.dtype)
         apart = np.empty(k)
         index = np.empty(k, np.int64)
@@ -167,27 +166,10 @@ def _kernel(name, topk):
             elif not mse:
                 index[0] = label
                 without_t[:] = t
-                without_t[label] = lowest
+                without_t[label] = -math.inf
             for j in range(k):
-                without_s[index[j]] = lowest
+                without_s[index[j]] = -math.inf
             sums = scan(without_s, without_t, settings, scratch)
-            if k > 0:  # of nothing but lowest: no rest
-                no_rest = sums.student_max == lowest and not math.isnan(sums.student)  # a NaN, no maximum either, stays
-                no_teacher_rest = sums.teacher_max == lowest and not math.isnan(sums.teacher)
-                student_total = 0.0 if no_rest else sums.student
-                hard_total = 0.0 if no_rest else sums.hard
-                teacher_total = 0.0 if no_teacher_rest else sums.teacher
-                cross = 0.0 if no_teacher_rest else sums.cross
-                sums = _Sums(
-                    student_total,
-                    teacher_total,
-                    cross,
-                    hard_total,
-                    sums.student_max,
-                    sums.teacher_max,
-                    sums.student_block,
-                    sums.teacher_block,
-                )
             whole_max = sums.student_max
             for j in range(k):
                 whole_max = max(whole_max, float(s[index[j]]))

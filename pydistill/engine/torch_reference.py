@@ -59,9 +59,7 @@ class TorchBackend:
         soft, hard = torch.zeros(2, len(student), dtype=torch.float64)
         agree, correct = torch.zeros(2, len(student), dtype=torch.bool)
 
-        step = max(1, _CHUNK_ELEMENTS // max(1, student.shape[-1]))
-        for start in range(0, len(student), step):
-            rows = slice(start, start + step)
+        def run_rows(rows):
             counted = with_a_term[rows].unsqueeze(-1)
             s = torch.where(counted, student[rows].double(), 0)
             g = torch.zeros_like(s)
@@ -84,6 +82,12 @@ class TorchBackend:
                 correct[rows] = (s.argmax(-1) == labels[rows]) & _ordered(s)
             if gradient is not None:
                 gradient[rows] = torch.where(counted, g, 0)
+
+        step = max(1, _CHUNK_ELEMENTS // max(1, student.shape[-1]))
+        for start in range(0, len(student), step):
+            # A function, whose memory is free before the next chunk: what sufficed for the first suffices for all, so
+            # that no logits are lost when memory runs out while the gradient is written over them.
+            run_rows(slice(start, start + step))
 
         agreement = _share(agree, soft_rows) if metrics and soft_on else math.nan
         accuracy = _share(correct, labelled_rows) if metrics and labels is not None else math.nan

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from pydistill.files import write_through
+from pydistill.files import flush_names, write_through
 
 _NAME = re.compile(r"checkpoint-(\d{8})-([0-9a-f]{32})\.safetensors")
 _KEPT = 2
@@ -71,17 +71,6 @@ def found(folder):
     if not folder.is_dir():
         return []
     return sorted((p for p in folder.iterdir() if _NAME.fullmatch(p.name)), reverse=True)
-
-
-def flush_names(folder):
-    """Renames in the folder reach the disk; elsewhere than on POSIX that cannot be asked for."""
-    if os.name != "posix":
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _decode_file(data):

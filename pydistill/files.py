@@ -1,7 +1,10 @@
-"""Files that are whole or not there: written and flushed under another name, then renamed."""
+"""Files that are whole or not there, written under another name and then renamed; and the form of what they hold."""
 
+import errno
+import json
 import os
 from pathlib import Path
+from typing import get_args
 
 
 def unfinished_path(path) -> Path:
@@ -19,10 +22,61 @@ def write_through(path, data):
 
 def write_whole(path, data):
     """Write bytes under a name; a file that was there stays as it is if the new one cannot be written."""
-    unfinished = unfinished_path(Path(path))
+    path = Path(path)
+    unfinished = unfinished_path(path)
     try:
         write_through(unfinished, data)
         os.replace(unfinished, path)
     except OSError:
         unfinished.unlink(missing_ok=True)
         raise
+    flush_names(path.parent)
+
+
+def flush_names(folder):
+    """Write a folder's renames to the disk. Only POSIX has a call for it; elsewhere nothing happens."""
+    if os.name != "posix":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # a file system that cannot do it for folders
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def parse_json(text):
+    """``json.loads``, with a ValueError also for what is nested more deeply than Python can follow."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("JSON that is nested too deeply") from None
+
+
+def form_problem(value, form, key="") -> str | None:
+    """How a value read from a file differs from the form that it must have; None if it does not.
+
+    ``form`` is a type or a union of types, ``[form]`` for a list of any length, or ``{key: form}`` for a dict that has
+    at least these keys. Types are compared exactly, so that True is not an integer.
+    """
+    kind = type(form) if isinstance(form, dict | list) else form
+    kinds = get_args(kind) or (kind,)
+    if type(value) not in kinds:
+        names = " or ".join("null" if x is type(None) else x.__name__ for x in kinds)
+        return f"has {type(value).__name__} where {key or 'all of it'} must be {names}"
+    if isinstance(form, list):
+        inner = [(f"{key}[{i}]", item, form[0]) for i, item in enumerate(value)]
+    elif isinstance(form, dict):
+        missing = [name for name in form if name not in value]
+        if missing:
+            return f"has no {_join(key, missing[0])}"
+        inner = [(_join(key, name), value[name], of_name) for name, of_name in form.items()]
+    else:
+        return None
+    return next((problem for at, item, of_item in inner if (problem := form_problem(item, of_item, at))), None)
+
+
+def _join(key, name) -> str:
+    return f"{key}.{name}" if key else str(name)

@@ -23,7 +23,8 @@ def hash_rows(digest, rows):
 def as_bytes(values):
     """A tensor or array as a flat array of its bytes."""
     if isinstance(values, Tensor):
-        return values.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        values = values.detach().cpu().resolve_conj().resolve_neg()
+        return values.contiguous().reshape(-1).view(torch.uint8).numpy()
     return np.ascontiguousarray(values).reshape(-1).view(np.uint8)
 
 

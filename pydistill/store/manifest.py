@@ -6,8 +6,7 @@ import zlib
 
 import numpy as np
 
-from pydistill.checkpoint import flush_names
-from pydistill.files import write_through
+from pydistill.files import flush_names, write_through
 from pydistill.store.digests import file_crc
 
 _MANIFEST, _PARTIAL_MANIFEST = "manifest.json", "manifest.json.partial"

@@ -9,6 +9,8 @@ from numbers import Real
 
 from pydistill.training_checks import check_count
 
+from pydistill.files import form_problem
+
 
 class EarlyStopping:
     """Ends ``fit`` when a score has not improved for ``patience`` epochs.
@@ -60,6 +62,7 @@ class EarlyStopping:
 
     def load_state_dict(self, state):
         """Go on from there."""
+        _check_state(state, {"best": int | float, "waited": int})
         self._best, self._waited = state["best"], state["waited"]
 
 
@@ -99,7 +102,14 @@ class BestModel:
 
     def load_state_dict(self, state):
         """Go on from there."""
+        _check_state(state, {"best": int | float, "epoch": int | None, "weights": dict | None})
         self._best, self.epoch, self._weights = state["best"], state["epoch"], state["weights"]
+
+
+def _check_state(state, form):
+    problem = form_problem(state, form)
+    if problem:
+        raise ValueError(f"state must be what state_dict gave; it {problem}")
 
 
 def check_monitor(monitor):

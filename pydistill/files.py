@@ -58,16 +58,20 @@ def parse_json(text):
 def form_problem(value, form, key="") -> str | None:
     """How a value read from a file differs from the form that it must have; None if it does not.
 
-    ``form`` is a type or a union of types, ``[form]`` for a list of any length, or ``{key: form}`` for a dict that has
-    at least these keys. Types are compared exactly, so that True is not an integer.
+    ``form`` is a type or a union of types, where ``object`` stands for anything; ``[form]`` for a list of any length;
+    ``(form, form)`` for a list or tuple of this length; or ``{key: form}`` for a dict that has at least these keys.
+    Types are compared exactly, so that True is not an integer.
     """
-    kind = type(form) if isinstance(form, dict | list) else form
+    kind = type(form) if isinstance(form, dict | list) else list | tuple if isinstance(form, tuple) else form
     kinds = get_args(kind) or (kind,)
-    if type(value) not in kinds:
-        names = " or ".join("null" if x is type(None) else x.__name__ for x in kinds)
+    if object not in kinds and type(value) not in kinds:
+        names = " or ".join(x.__name__ for x in kinds)
         return f"has {type(value).__name__} where {key or 'all of it'} must be {names}"
-    if isinstance(form, list):
-        inner = [(f"{key}[{i}]", item, form[0]) for i, item in enumerate(value)]
+    if isinstance(form, list | tuple):
+        if isinstance(form, tuple) and len(value) != len(form):
+            return f"has {len(value)} items where {key} must have {len(form)}"
+        forms = form if isinstance(form, tuple) else form * len(value)
+        inner = [(f"{key}[{i}]", item, of_item) for i, (item, of_item) in enumerate(zip(value, forms, strict=True))]
     elif isinstance(form, dict):
         missing = [name for name in form if name not in value]
         if missing:

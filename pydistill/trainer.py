@@ -586,7 +586,7 @@ class Trainer:
                     "on from them, or another folder"
                 )
             return _Run(epochs)
-        state = checkpoint.load_newest(self.checkpoint_dir)
+        state = checkpoint.load_run(self, setup)
         if state is None:
             return _Run(epochs)
         check_resumed(state, setup, self.callbacks, self.scheduler)
@@ -595,12 +595,15 @@ class Trainer:
             self.student.load_state_dict(state["student"])
         except RuntimeError as error:
             raise ValueError(f"resume: the checkpoint holds another student: {error}") from error
-        self.optimizer.load_state_dict(state["optimizer"])
+        with checkpoint.loading("optimizer"):
+            self.optimizer.load_state_dict(state["optimizer"])
         if self.scheduler is not None:
-            self.scheduler.load_state_dict(state["scheduler"])
+            with checkpoint.loading("scheduler"):
+                self.scheduler.load_state_dict(state["scheduler"])
         for callback, of_callback in zip(self.callbacks, state["callbacks"], strict=True):
             if of_callback is not None:
-                callback.load_state_dict(of_callback)
+                with checkpoint.loading(type(callback).__name__):
+                    callback.load_state_dict(of_callback)
         for name, value in state["loss"].items():
             if value is not None:
                 setattr(self.loss, name, value)

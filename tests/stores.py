@@ -56,7 +56,7 @@ class Items(Dataset):
     def __getitem__(self, i):
         if not 0 <= i < len(self):
             raise IndexError(i)
-        return self.inputs[i] + (1.0 if i == self.change else 0.0), i % 3
+        return self.inputs[i] + int(i == self.change), i % 3
 
 
 class Stream(IterableDataset):

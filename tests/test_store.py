@@ -4,6 +4,7 @@ import json
 import math
 import pickle
 import random
+import re
 import statistics
 import subprocess
 import sys
@@ -394,6 +395,16 @@ class Targets(Dataset):
         return targets.logits, targets.indices
 
 
+class Batches:
+    """An iterable that starts anew each time."""
+
+    def __init__(self, batches):
+        self.batches = batches
+
+    def __iter__(self):
+        return iter(self.batches)
+
+
 class TestStale:
     def test_the_same_call_opens_a_finished_store_without_the_teacher(self, tmp_path, inputs, teacher):
         TeacherStore.build(tmp_path, teacher, inputs, **TOP_K)
@@ -568,6 +579,107 @@ class TestDamage:
         with pytest.raises(ValueError, match=r"is damaged: manifest.json is no manifest, or was changed"):
             TeacherStore.open(built.folder)
 
+    def test_manifest_that_is_nested_deeply(self, built):
+        for text in ("[" * 200_000, '{"checksum": 3, "format": ' + "[" * 900 + "]" * 900 + "}"):
+            (built.folder / "manifest.json").write_text(text)
+            with pytest.raises(ValueError, match=r"is damaged: manifest.json is no manifest, or was changed"):
+                TeacherStore.open(built.folder)
+
+    def check_changed_manifest(self, built, inputs, teacher, path, change, message):
+        manifest = read_manifest(built.folder)
+        parent = manifest
+        for key in path[:-1]:
+            parent = parent[key]
+        change(parent, path[-1])
+        replace_manifest(built.folder, manifest)  # with the right checksum
+        before = contents(built.folder)
+        for call in (
+            lambda: TeacherStore.open(built.folder),
+            lambda: TeacherStore.open(built.folder, verify=False),
+            lambda: TeacherStore.build(built.folder, teacher, inputs, **TOP_K),
+        ):
+            with pytest.raises(ValueError, match=rf"is damaged: manifest.json {message}\. Delete"):
+                call()
+        assert contents(built.folder) == before
+
+    @pytest.mark.parametrize(
+        "path",
+        [
+            ("format",),
+            ("request",),
+            *(("request", key) for key in ("k", "temperatures", "tail", "dtype", "data", "teacher")),
+            ("layout",),
+            *(("layout", key) for key in ("shape", "dtype", "k", "temperatures", "tail")),
+            ("rows_written",),
+            ("has_zeros",),
+            ("files",),
+            *(("files", "logits.npy", key) for key in ("header", "row_bytes", "crc32")),
+        ],
+    )
+    def test_manifest_that_lacks_a_key(self, built, inputs, teacher, path):
+        def remove(parent, key):
+            del parent[key]
+
+        self.check_changed_manifest(built, inputs, teacher, path, remove, f"has no {re.escape('.'.join(path))}")
+
+    @pytest.mark.parametrize(
+        ("path", "value", "message"),
+        [
+            (("request",), [], "has list where request must be dict"),
+            (("request", "data"), None, "has NoneType where request.data must be str"),
+            (("layout", "shape"), 3, "has int where layout.shape must be list"),
+            (("layout", "shape"), [150, "20"], r"has str where layout.shape\[1\] must be int"),
+            (("layout", "shape"), [150], r"has \[150\] as layout.shape"),
+            (("layout", "shape"), [150, 0], r"has \[150, 0\] as layout.shape"),
+            (("layout", "dtype"), "float64", "has 'float64' as layout.dtype"),
+            (("layout", "k"), 21, "has 21 as layout.k, of 20 classes"),
+            (("layout", "k"), 0, "has 0 as layout.k, of 20 classes"),
+            (("layout", "k"), 5.0, "has float where layout.k must be int or NoneType"),
+            (("layout", "k"), None, "has 'bucket' as layout.tail"),
+            (("layout", "tail"), None, "has None as layout.tail"),
+            (("layout", "tail"), "bicket", "has 'bicket' as layout.tail"),
+            (("layout", "temperatures"), [1.0, math.nan], r"has \[1.0, nan\] as layout.temperatures"),
+            (
+                ("layout", "temperatures"),
+                [1.0, None],
+                r"has NoneType where layout.temperatures\[1\] must be int or float",
+            ),
+            (("rows_written",), "150", "has str where rows_written must be int"),
+            (("rows_written",), True, "has bool where rows_written must be int"),
+            (("rows_written",), 151, "has 151 as rows_written, of 150 rows"),
+            (("rows_written",), -1, "has -1 as rows_written, of 150 rows"),
+            (("has_zeros",), 0, "has int where has_zeros must be bool"),
+            (("files",), {}, "has nothing as files, which must be logits.npy, .*"),
+            (("files",), [], "has list where files must be dict"),
+            (("files", "../logits.npy"), {}, "has .*, ../logits.npy as files, which must be .*"),
+            (("files", "logits.npy"), 3, "has int where files.logits.npy must be dict"),
+            (("files", "logits.npy", "header"), -128, "has {.*} as files.logits.npy, of 10 bytes a row"),
+            (("files", "logits.npy", "row_bytes"), 20, "has {.*} as files.logits.npy, of 10 bytes a row"),
+            (("files", "logits.npy", "crc32"), None, "has NoneType where files.logits.npy.crc32 must be int"),
+        ],
+    )
+    def test_manifest_with_other_values(self, built, inputs, teacher, path, value, message):
+        def replace(parent, key):
+            parent[key] = value
+
+        self.check_changed_manifest(built, inputs, teacher, path, replace, message)
+
+    def test_headers_that_numpy_can_or_cannot_read(self, built):
+        """Without the checksums the header alone says what the rows are."""
+        path = built.folder / "logits.npy"
+        good = path.read_bytes()
+        for bad, message in (
+            (good.replace(b"False", b"True "), "logits.npy holds float16"),
+            (good[:8] + b"\x66" + good[9:], "logits.npy h"),  # rows begin sixteen bytes earlier
+            (good.replace(b"'descr': '<f2'", b"'descr': ('<f2"), "logits.npy has no .npy header"),
+            (good.replace(b"'shape': (", b"'shape': [("), "logits.npy has no .npy header"),
+            (good.replace(b"'<f2'", b"'>f2'"), "logits.npy holds >f2"),
+        ):
+            path.write_bytes(bad[: len(good)])
+            assert path.read_bytes() != good
+            with pytest.raises(ValueError, match=rf"is damaged: {message}"):
+                TeacherStore.open(built.folder, verify=False)
+
     def test_other_format(self, built):
         manifest = read_manifest(built.folder)
         replace_manifest(built.folder, manifest | {"format": 9})
@@ -655,6 +767,58 @@ class TestErrors:
             torch.testing.assert_close(built[:].logits, want, rtol=1e-5, atol=1e-5)
             with pytest.raises(ValueError, match="other data"):
                 TeacherStore.open(folder, data=inputs)
+
+    @pytest.mark.parametrize(
+        "form",
+        [
+            lambda rows: rows,
+            lambda rows: [row.numpy() for row in rows],
+            lambda rows: [(row, 3) for row in rows],
+            lambda rows: [[row, rows[0]] for row in rows],
+            lambda rows: DataLoader(Items(rows), batch_size=None),
+            lambda rows: DataLoader(Stream(rows), batch_size=None),
+            lambda rows: Batches(rows),
+        ],
+        ids=["list", "arrays", "pairs", "lists", "loader", "stream", "iterable"],
+    )
+    @pytest.mark.parametrize("lengths", [(7, 7, 7), (7, 5, 9)])
+    def test_rows_that_are_taken_for_batches(self, tmp_path, form, lengths):
+        """A list of texts' tokens: each tensor would become as many rows as it has tokens."""
+        tokens = [torch.randint(50, (length,)) for length in lengths]
+        model = nn.Embedding(50, CLASSES)
+        message = r"data must give batches of rows, .*its batch 0 has shape \(7,\).* stack or pad them to one tensor"
+        with pytest.raises(ValueError, match=message):
+            TeacherStore.build(tmp_path, model, form(tokens))
+        assert not contents(tmp_path)
+        if lengths == (7, 7, 7):  # as the message says
+            built = TeacherStore.build(tmp_path, model, torch.stack(tokens), dtype="float32")
+            assert built.shape == (3, 7, CLASSES)
+            with pytest.raises(ValueError, match=message):
+                TeacherStore.open(tmp_path, data=form(tokens))
+            assert_same_targets(
+                TeacherStore.build(tmp_path / "items", model, Items(tokens), dtype="float32")[:], built[:]
+            )
+
+    @pytest.mark.parametrize(
+        "form",
+        [
+            lambda x: x,
+            lambda x: (x, x),
+            lambda x: Items(x),
+            lambda x: Stream(x),
+            lambda x: DataLoader(TensorDataset(x), batch_size=64),
+            lambda x: DataLoader(Items(x), batch_size=64),
+            lambda x: DataLoader(Stream(x), batch_size=64),
+        ],
+    )
+    def test_rows_that_are_single_numbers(self, tmp_path, form):
+        numbers, model = torch.randint(50, (ROWS,)), nn.Embedding(50, CLASSES)
+        built = TeacherStore.build(tmp_path, model, form(numbers), dtype="float32")
+        assert torch.equal(built[:].logits, model(numbers))
+
+    def test_a_tuple_of_batches_is_not_one_of_columns(self, tmp_path, inputs, teacher):
+        with pytest.raises(ValueError, match=r"columns of one length, .*got lengths 22, 64\. Pass batches as a list"):
+            TeacherStore.build(tmp_path, teacher, inputs.split(64))
 
     def test_data_frames(self, tmp_path, inputs, teacher):
         frame = pytest.importorskip("pandas").DataFrame(inputs.numpy())

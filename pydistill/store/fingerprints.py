@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from pydistill.store.digests import as_bytes, hash_rows
-from pydistill.store.sources import first_column, in_memory, reads_in_order
+from pydistill.store.sources import batch_inputs, in_memory, reads_in_order
 from pydistill.targets import SoftTargets
 
 CALLABLE = "a callable"  # of which nothing is known
@@ -29,7 +29,7 @@ def measure(source) -> tuple[int, str]:
             )
         return len(source), f"a sample of {len(source)} items, sha256 {first}"
     digest, rows, form = hashlib.sha256(), 0, None
-    for inputs in [source] if isinstance(source, Tensor | np.ndarray) else map(first_column, source):
+    for inputs in [source] if isinstance(source, Tensor | np.ndarray) else batch_inputs(source):
         if form not in (None, _form(inputs)):
             raise ValueError(f"data must have rows of one dtype and shape, got {_form(inputs)} after {form}")
         form = _form(inputs)

@@ -22,6 +22,7 @@ _SHUFFLING = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
 def as_source(data, batch_size=256):
     """What data stands for: a tensor or array, a Dataset, or an iterable of batches that starts anew each time."""
     if isinstance(data, tuple) and data and not isinstance(data[0], tuple | list):
+        _check_columns(data)
         data = data[0]
     if hasattr(data, "to_numpy"):
         raise TypeError(f"data must hold a tensor or an array, got a {type(data).__name__}: pass its .to_numpy()")
@@ -46,6 +47,15 @@ def as_source(data, batch_size=256):
             f"iterator {type(data).__name__}, which runs out"
         )
     return data
+
+
+def _check_columns(columns):
+    lengths = {len(x) for x in columns if isinstance(x, Tensor | np.ndarray) and x.ndim}
+    if len(lengths) > 1:
+        raise ValueError(
+            f"data that is a tuple must hold columns of one length, such as (inputs, labels); got lengths "
+            f"{', '.join(map(str, sorted(lengths)))}. Pass batches as a list"
+        )
 
 
 def in_memory(data):
@@ -73,14 +83,23 @@ def reads_in_order(loader) -> bool:
     )
 
 
-def first_column(batch):
-    """The inputs of a batch."""
-    inputs = batch[0] if isinstance(batch, tuple | list) and batch else batch
-    if not isinstance(inputs, Tensor | np.ndarray) or inputs.ndim == 0:
-        raise TypeError(
-            f"data must give batches whose first column is a tensor or array of rows, got {type(inputs).__name__}"
-        )
-    return inputs
+def batch_inputs(source):
+    """The inputs of every batch of an iterable."""
+    collated = isinstance(source, DataLoader) and source.batch_sampler is not None  # the first dimension is the rows
+    for number, batch in enumerate(source):
+        inputs = batch[0] if isinstance(batch, tuple | list) and batch else batch
+        if not isinstance(inputs, Tensor | np.ndarray) or inputs.ndim == 0:
+            raise TypeError(
+                f"data must give batches whose first column is a tensor or array of rows, got {type(inputs).__name__}"
+            )
+        if inputs.ndim == 1 and not collated:
+            raise ValueError(
+                f"data must give batches of rows, of at least two dimensions; its batch {number} has shape "
+                f"{tuple(inputs.shape)}. If every item is one row, such as the tokens of a text: stack or pad them to "
+                "one tensor (rows, length), or pass a Dataset of them or a list of batches (rows, length). If every "
+                "item is a batch of rows that are single numbers: pass them as one tensor (rows,) or as a Dataset"
+            )
+        yield inputs
 
 
 def batches(source, start, batch_size):
@@ -92,8 +111,7 @@ def batches(source, start, batch_size):
     if isinstance(source, Dataset):
         rest = Subset(source, range(start, len(source)))
         source, start = DataLoader(rest, batch_size=batch_size, generator=torch.Generator()), 0
-    for batch in source:
-        inputs = first_column(batch)
+    for inputs in batch_inputs(source):
         skipped = min(start, len(inputs))
         start -= skipped
         if skipped < len(inputs):

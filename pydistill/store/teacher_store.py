@@ -94,9 +94,11 @@ class TeacherStore:
                 - :class:`SoftTargets` with a row per row of data, such as the out-of-fold ones of
                   :func:`pydistill.teachers.soft_targets`;
                 - a callable that maps a batch, as the data has it, to logits or SoftTargets.
-            data: the inputs: a tensor or array with a row per item (a tuple of them: its first); a Dataset; or an
-                iterable of batches that can be gone through again, such as a DataLoader that does not shuffle. Of
-                items and batches that are tuples or lists the first column is the input.
+            data: the inputs: a tensor or array with a row per item (a tuple of them, columns of one length: its first);
+                a Dataset; or an iterable of batches ``(rows, ...)`` that can be gone through again, such as a list or a
+                DataLoader that does not shuffle. Of items and batches that are tuples or lists the first column is the
+                input. An item of a list is a batch, not a row; one-dimensional items, such as a list of texts'
+                tokens, are therefore refused: stack or pad them to ``(rows, length)``, or pass a Dataset.
             k: how many logits of each row to keep; None: all. A callable's top-k targets are stored as they are.
             temperatures: those at which log-partitions are stored, with ``k``.
             tail: as in :meth:`SoftTargets.from_topk`, with ``k``.
@@ -106,9 +108,10 @@ class TeacherStore:
 
         Raises:
             TypeError: data, batches or a teacher's output of another form.
-            ValueError: an option outside its range; data that are empty, shuffled, or different each time; a row whose
-                largest logit is not finite; a logit too large for ``dtype``; a folder that holds other files, or a
-                store of other data, another teacher or other options (the message says which), or a damaged one.
+            ValueError: an option outside its range; data that are empty, shuffled, different each time, or batches
+                of one dimension; a row whose largest logit is not finite; a logit too large for ``dtype``; a folder
+                that holds other files, or a store of other data, another teacher or other options (the message says
+                which), or a damaged one.
             OSError: nothing more could be written, for instance on a full disk. Rows already recorded are safe. The
                 space for all rows is claimed before the second batch, where the file system can do that.
         """
@@ -176,7 +179,8 @@ class TeacherStore:
         self._classes = None if layout["k"] is None else self._shape[-1]
         self._k, self._tail, self._zeros = layout["k"], layout["tail"], manifest["has_zeros"]
         self._temperatures = tuple(layout["temperatures"])
-        self._arrays = [open_map(folder / name, *spec) for name, spec in file_specs(layout).items()]
+        files = manifest["files"]
+        self._arrays = [open_map(folder / x, files[x]["header"], *spec) for x, spec in file_specs(layout).items()]
 
     def __getitem__(self, rows) -> SoftTargets:
         """The targets of some rows, copied into memory; indices may be negative.

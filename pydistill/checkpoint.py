@@ -10,7 +10,7 @@ import os
 import re
 import warnings
 from collections import Counter
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -72,8 +72,10 @@ def save(folder, number, state):
         os.replace(unfinished, path)
         flush_names(folder)
     except OSError as error:
-        unfinished.unlink(missing_ok=True)
-        raise OSError(error.errno, f"checkpoint {number} was not written, earlier ones are whole: {error}") from error
+        with suppress(OSError):
+            unfinished.unlink()
+        outcome = "is there, but a power failure may undo that" if path.exists() else "was not written"
+        raise OSError(error.errno, f"checkpoint {number} {outcome}; earlier ones are whole: {error}") from error
     # One of the same number is damaged: a run went on from the one before it.
     others = sorted((x for x in found(folder) if x != path), key=lambda x: _number(x) == number)
     for old in [*others[_KEPT - 1 :], *(x for x in folder.glob("unfinished-*") if x != unfinished)]:

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import get_args
 
@@ -28,7 +29,8 @@ def write_whole(path, data):
         write_through(unfinished, data)
         os.replace(unfinished, path)
     except OSError:
-        unfinished.unlink(missing_ok=True)
+        with suppress(OSError):
+            unfinished.unlink()
         raise
     flush_names(path.parent)
 

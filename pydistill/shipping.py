@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 from collections import Counter
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -23,6 +24,7 @@ from pydistill.store.digests import as_bytes
 
 _FORMAT = 1
 _TENSORS, _DOCUMENT = "student.safetensors", "student.json"
+_UNFINISHED = "student.new"  # a folder: safetensors writes to a file with a name of its own, which a kill leaves behind
 _DOCUMENT_FORM = {"class": str, "tensors": dict, "tied": [[str]]}  # what load_student reads, besides format and sha256
 _TENSOR_FORM = {"dtype": str, "shape": [int]}
 
@@ -77,20 +79,25 @@ def save_student(student, folder, *, metadata=None) -> Path:
     document = _describe_student(student, state, metadata)
     content, others = _content(state, document["tied"])
     folder = Path(folder)
-    tensors, unfinished = folder / _TENSORS, unfinished_path(folder / _TENSORS)
-    pending = unfinished_path(folder / _DOCUMENT)
+    pending, workplace = unfinished_path(folder / _DOCUMENT), folder / _UNFINISHED
+    unfinished = workplace / _TENSORS
     folder.mkdir(parents=True, exist_ok=True)
     _settle(folder)
     try:
+        if workplace.exists():
+            shutil.rmtree(workplace)
+        workplace.mkdir()
         save_file(content, str(unfinished), metadata=others)
         with open(unfinished, "rb+") as file:
             os.fsync(file.fileno())
         document |= {"bytes": unfinished.stat().st_size, "sha256": _sha256(unfinished)}
         write_through(pending, json.dumps(document, indent=2).encode())
-        os.replace(unfinished, tensors)
+        unfinished.chmod(pending.stat().st_mode)  # that of an ordinary file; safetensors' own only its owner can read
+        os.replace(unfinished, folder / _TENSORS)
     except (OSError, SafetensorError) as error:  # safetensors raises its own for a full disk
-        unfinished.unlink(missing_ok=True)
-        pending.unlink(missing_ok=True)
+        shutil.rmtree(workplace, ignore_errors=True)
+        with suppress(OSError):
+            pending.unlink()
         message = f"the student was not written to {folder}, what was there is whole: {error}"
         raise OSError(_error_number(error), message) from error
     # From here on the new student counts: its document is found under either name. The flush keeps the order of the two
@@ -98,6 +105,7 @@ def save_student(student, folder, *, metadata=None) -> Path:
     try:
         flush_names(folder)
         os.replace(pending, folder / _DOCUMENT)
+        workplace.rmdir()
         flush_names(folder)
     except OSError as error:
         message = f"the new student is in {folder} and loads, but a power failure may undo that; save it again: {error}"

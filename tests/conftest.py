@@ -1,6 +1,8 @@
 """What every test can ask for: each backend and ISA that this machine has, and float64 references."""
 
 import os
+import tempfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -39,3 +41,12 @@ def variant(request):
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def shared_folder():
+    """A folder whose parents every user can enter, unlike those of tmp_path."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        folder.chmod(0o755)
+        yield folder

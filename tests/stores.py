@@ -1,4 +1,7 @@
-"""What the tests of the store share: inputs, a teacher, forms of data, and what a folder holds."""
+"""What the tests of the store share: inputs, a teacher, forms of data, what a folder holds, and read-only folders."""
+
+import os
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -42,6 +45,24 @@ def assert_same_targets(got, want):
     assert got.indices is None or torch.equal(got.indices, want.indices)
     assert got.log_partitions.keys() == want.log_partitions.keys()
     assert all(torch.equal(x, want.log_partitions[t]) for t, x in got.log_partitions.items())
+
+
+@contextmanager
+def read_only(folder):
+    """The folder and its files can be read only, also by a test that runs as root, whom no mode stops."""
+    modes = {path: path.stat().st_mode & 0o777 for path in (*folder.iterdir(), folder)}
+    for path, mode in modes.items():
+        path.chmod(mode & 0o555)
+    root = os.geteuid() == 0
+    if root:
+        os.seteuid(65534)  # nobody
+    try:
+        yield
+    finally:
+        if root:
+            os.seteuid(0)
+        for path, mode in modes.items():
+            path.chmod(mode)
 
 
 class Items(Dataset):

@@ -2,12 +2,16 @@
 
 import hashlib
 import itertools
+import os
 import subprocess
 import sys
 from copy import deepcopy
+from pathlib import Path
 
+import killing
 import pytest
 import torch
+from stores import read_only
 
 import pydistill
 from pydistill import checkpoint
@@ -15,80 +19,22 @@ from pydistill.callbacks import BestModel, EarlyStopping
 
 pytest.importorskip("safetensors")
 
-KILLS = 20
-SCRIPT = """
-import os, random, signal, sys, time
-import torch, pydistill
-from pydistill.callbacks import BestModel
 
-torch.set_num_threads(1)
-folder, kills = sys.argv[1], int(sys.argv[2])
-
-
-def train(name):
-    torch.manual_seed(3)
-    inputs, targets = torch.randn(96, 6), torch.randn(96, 3)
-    labels = targets.argmax(-1)
-    layers = torch.nn.Linear(6, 16), torch.nn.Dropout(0.2), torch.nn.ReLU(), torch.nn.Linear(16, 3)
-    student = torch.nn.Sequential(*layers)
-    optimizer = torch.optim.Adam(student.parameters(), lr=1e-2)
-    trainer = pydistill.Trainer(
-        student,
-        pydistill.DistillationLoss(temperature=2.0),
-        optimizer=optimizer,
-        scheduler=torch.optim.lr_scheduler.StepLR(optimizer, 5, 0.7),
-        schedules={"alpha": lambda epoch: 1 / epoch},
-        callbacks=[BestModel()],
-        seed=0,
-        progress=False,
-        checkpoint_dir=os.path.join(folder, name),
-        checkpoint_every=1,
-    )
-    history = trainer.fit((inputs, targets, labels), (inputs, targets, labels), epochs=40, batch_size=16, resume=True)
-    assert [x.epoch for x in history] == list(range(1, 41))
-    torch.save([p.detach() for p in student.parameters()], os.path.join(folder, name + ".pt"))
-
-
-def start(name):
-    child = os.fork()
-    if child == 0:
-        try:
-            train(name)
-        finally:
-            os._exit(not os.path.exists(os.path.join(folder, name + ".pt")))
-    return child
-
-
-os.waitpid(start("whole"), 0)
-moments = random.Random(int(sys.argv[3]))
-killed = 0
-while killed < kills:
-    child = start("killed")
-    time.sleep(moments.uniform(0.005, 0.08))
-    os.kill(child, signal.SIGKILL)
-    if not os.WIFSIGNALED(os.waitpid(child, 0)[1]):
-        break
-    killed += 1
-os.waitpid(start("killed"), 0)
-whole, resumed = (torch.load(os.path.join(folder, name + ".pt")) for name in ("whole", "killed"))
-print(killed, all(torch.equal(a, b) for a, b in zip(whole, resumed)))
-"""
-
-
-@pytest.mark.skipif(not hasattr(__import__("os"), "fork"), reason="needs fork")
-@pytest.mark.timeout(240)
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.timeout(killing.TIMEOUT + 30)
 def test_killed_at_random_moments_and_resumed_is_bit_identical(tmp_path):
-    result = subprocess.run(
-        [sys.executable, "-c", SCRIPT, str(tmp_path), str(KILLS), "1"],
-        cwd=tmp_path,
+    script, package = Path(__file__).with_name("kill_trainer.py"), Path(pydistill.__file__).parents[1]
+    path = os.pathsep.join([str(package), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, script, tmp_path],
+        env=os.environ | {"PYTHONPATH": path},
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=killing.TIMEOUT,
     )
-    assert result.returncode == 0, result.stderr
-    killed, equal = result.stdout.split()
-    assert int(killed) == KILLS
-    assert equal == "True"
+    assert done.returncode == 0, done.stderr
+    assert f"{killing.KILLS} kills in " in done.stdout
+    print(done.stdout)
 
 
 @pytest.fixture
@@ -139,10 +85,54 @@ def test_a_full_disk_leaves_the_earlier_ones(tmp_path, data, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("os.fsync", full)
-    with pytest.raises(OSError, match=r"checkpoint 3 was not written, earlier ones are whole.*No space left"):
+    with pytest.raises(OSError, match=r"checkpoint 3 was not written; earlier ones are whole.*No space left"):
         trainer_in(tmp_path).fit(data, epochs=3, resume=True)
     assert checkpoint.found(tmp_path) == before
     assert not list(tmp_path.glob("unfinished-*"))
+
+
+@pytest.mark.parametrize(
+    ("name", "number", "message"),
+    [
+        ("fsync", 1, "was not written"),
+        ("replace", 1, "was not written"),
+        ("fsync", 2, "is there, but a power failure may undo that"),
+    ],
+)
+def test_a_disk_that_fails_at_every_step(tmp_path, data, monkeypatch, name, number, message):
+    trainer_in(tmp_path).fit(data, epochs=2)
+    calls, works = [], getattr(os, name)
+
+    def fail(*args):
+        calls.append(args)
+        if len(calls) == number:
+            raise OSError(28, "No space left on device")
+        return works(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, name, fail)
+        with pytest.raises(OSError, match=rf"checkpoint 3 {message}; earlier ones are whole.*No space left"):
+            trainer_in(tmp_path).fit(data, epochs=3, resume=True)
+    assert not list(tmp_path.glob("unfinished-*"))
+    assert checkpoint.load_newest(tmp_path)["run"]["number"] == (2 if "not" in message else 3)
+    assert len(trainer_in(tmp_path).fit(data, epochs=4, resume=True)) == 4
+
+
+def test_a_read_only_folder(shared_folder, data):
+    whole = trainer_in(shared_folder / "whole")
+    whole.fit(data, epochs=3)
+    folder = shared_folder / "run"
+    trainer_in(folder).fit(data, epochs=2)
+    (folder / "unfinished-of-a-run-that-was-killed").write_bytes(b"")
+    with (
+        read_only(folder),
+        pytest.raises(PermissionError, match=r"checkpoint 3 was not written; earlier ones are whole"),
+    ):
+        trainer_in(folder).fit(data, epochs=3, resume=True)
+    again = trainer_in(folder)
+    again.fit(data, epochs=3, resume=True)
+    assert torch.equal(weights(again), weights(whole))
+    assert len(list(folder.iterdir())) == 2
 
 
 @pytest.mark.parametrize(

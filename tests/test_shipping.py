@@ -5,15 +5,18 @@ import errno
 import hashlib
 import json
 import os
+import stat
 import subprocess
 import sys
 import textwrap
 from contextlib import contextmanager
 from multiprocessing import get_context
 
+import killing
 import numpy as np
 import pytest
 import torch
+from stores import read_only
 from torch import nn
 
 import pydistill
@@ -156,6 +159,10 @@ class TestSaveAndLoad:
         save_student(student, tmp_path)
         tensors = safetensors_torch.load_file(tmp_path / "student.safetensors")
         assert tensors.keys() == student.state_dict().keys()
+        modes = {stat.S_IMODE(path.stat().st_mode) for path in tmp_path.iterdir()}
+        (tmp_path / "other").touch()
+        assert modes == {stat.S_IMODE((tmp_path / "other").stat().st_mode)}
+        (tmp_path / "other").unlink()
         assert sorted(p.name for p in tmp_path.iterdir()) == ["student.json", "student.safetensors"]
 
     def test_tied_parameters_are_saved_once_and_stay_tied(self, tmp_path):
@@ -636,6 +643,41 @@ class TestInterruptions:
                 with pytest.raises(Killed):
                     save_student(student, tmp_path)
         assert same_state(load_student(tmp_path, mlp()), new)
+
+    def test_a_read_only_folder(self, shared_folder):
+        old, new = mlp(), mlp()
+        save_student(old, shared_folder)
+        with read_only(shared_folder):
+            with pytest.raises(
+                PermissionError, match=r"not written to .*, what was there is whole: .*[Pp]ermission denied"
+            ):
+                save_student(new, shared_folder)
+            assert same_state(load_student(shared_folder, mlp()), old)
+        save_student(new, shared_folder)
+        assert same_state(load_student(shared_folder, mlp()), new)
+
+    @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+    def test_killed_while_safetensors_writes(self, tmp_path):
+        """It writes to a file with a name of its own, as large as the student, and renames that."""
+        old = module(x=torch.zeros(2_000_000))
+        save_student(old, tmp_path)
+        seconds = [0.00075 * i for i in range(1, 21)]
+        left = set()
+        for after in seconds:
+            killing.run_child(lambda: save_student(module(x=torch.ones(2_000_000)), tmp_path), after)
+            left |= {path.name for path in tmp_path.rglob(".tmp*")}
+            assert load_student(tmp_path, module(x=torch.full((2_000_000,), 7.0))).x.unique().item() in (0, 1)
+        assert left  # or the kills came too early or too late
+        save_student(old, tmp_path)
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["student.json", "student.safetensors"]
+
+    @pytest.mark.parametrize("number", [5, 6, 7])
+    def test_the_message_says_that_the_new_one_is_there(self, tmp_path, monkeypatch, number):
+        save_student(mlp(), tmp_path)
+        Interrupt(monkeypatch, number, FULL)
+        with pytest.raises(OSError, match=r"the new student is in .* and loads, but .*No space left") as caught:
+            save_student(mlp(), tmp_path)
+        assert caught.value.errno == errno.ENOSPC
 
     def test_the_count_of_calls_is_right(self, tmp_path, monkeypatch):
         Interrupt(monkeypatch, CALLS + 1, FULL)

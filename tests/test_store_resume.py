@@ -2,14 +2,15 @@
 
 import errno
 import os
-import random
 import signal
 import time
 from multiprocessing import get_context
 
+import killing
 import pytest
 import torch
-from stores import FILES, ROWS, TOP_K, Items, Stream, contents, logits_of, make_inputs, make_teacher
+from killing import run_child
+from stores import FILES, ROWS, TOP_K, Items, Stream, contents, logits_of, make_inputs, make_teacher, read_only
 from torch.utils.data import DataLoader
 
 from pydistill import SoftTargets
@@ -195,8 +196,8 @@ class TestResume:
         assert step > 50
         assert rows_found == {0, 75, 150}
 
-    @pytest.mark.timeout(200)
-    def test_killed_at_random_moments(self, tmp_path, inputs, teacher, whole):
+    @pytest.mark.timeout(killing.TIMEOUT)
+    def test_killed_at_random_moments(self, tmp_path, inputs, teacher):
         def build(folder):
             def slow(module, args):
                 time.sleep(0.01)
@@ -204,25 +205,11 @@ class TestResume:
             with teacher.register_forward_pre_hook(slow):
                 TeacherStore.build(folder, teacher, inputs, batch_size=16, **TOP_K)
 
-        start = time.perf_counter()
-        build(tmp_path / "timed")
-        seconds = time.perf_counter() - start
-        randoms, kills, partial = random.Random(5), 0, set()
-        for attempt in range(4):
-            folder = tmp_path / f"store {attempt}"
-            rows = 0
-            for _ in range(8):
-                killed = run_child(lambda folder=folder: build(folder), kill_after=randoms.uniform(0, 0.7 * seconds))
-                kills += killed
-                manifest = read_manifest(folder) if folder.exists() else None
-                now = manifest["rows_written"] if manifest else 0
-                assert now >= rows
-                rows = now
-                partial.add(rows)
-            TeacherStore.build(folder, teacher, inputs, batch_size=16, **TOP_K)
-            assert contents(folder) == whole
-        assert kills >= 8
-        assert len(partial - {0, ROWS}) >= 2
+        def rows_written(folder):
+            manifest = read_manifest(folder) if folder.exists() else None
+            return manifest["rows_written"] if manifest else 0
+
+        killing.kill_at_random_moments(build, contents, tmp_path, rows_written)
 
     @pytest.mark.timeout(60)
     def test_a_second_builder_waits_for_the_first(self, tmp_path, inputs, teacher, whole):
@@ -266,15 +253,28 @@ def build_and_die_at(step, build, folder):
     build(folder)
 
 
-def run_child(work, kill_after=None):
-    """Whether a forked process that does the work was killed; an error in it is one here."""
-    process = get_context("fork").Process(target=work)
-    process.start()
-    process.join(60 if kill_after is None else kill_after)
-    process.kill()
-    process.join()
-    assert process.exitcode in (0, -signal.SIGKILL)
-    return process.exitcode != 0
+class TestReadOnlyFolder:
+    def test_a_new_store(self, shared_folder, inputs, teacher):
+        with (
+            read_only(shared_folder),
+            pytest.raises(PermissionError, match="while writing the teacher store; what was"),
+        ):
+            TeacherStore.build(shared_folder, teacher, inputs)
+        assert not contents(shared_folder)
+
+    def test_an_unfinished_one_and_a_finished_one(self, shared_folder, inputs, teacher):
+        stopping(teacher, after=4)
+        with pytest.raises(Stop):
+            TeacherStore.build(shared_folder, teacher, inputs, batch_size=16)
+        teacher._forward_pre_hooks.clear()
+        before = contents(shared_folder)
+        with read_only(shared_folder), pytest.raises(PermissionError):
+            TeacherStore.build(shared_folder, teacher, inputs, batch_size=16)
+        assert contents(shared_folder) == before
+        built = TeacherStore.build(shared_folder, teacher, inputs, batch_size=16)
+        with read_only(shared_folder):
+            again = TeacherStore.build(shared_folder, teacher, inputs, batch_size=16)  # nothing is left to write
+            assert torch.equal(again[:].logits, built[:].logits)
 
 
 class TestFullDisk:

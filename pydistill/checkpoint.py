@@ -11,6 +11,7 @@ import re
 import warnings
 from collections import Counter
 from contextlib import contextmanager, suppress
+from dataclasses import fields
 from pathlib import Path
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from pydistill.files import flush_names, form_problem, parse_json, write_through
-from pydistill.history import Scores
+from pydistill.history import Scores, Totals
 
 _NAME = re.compile(r"checkpoint-(\d{8})-([0-9a-f]{32})\.safetensors")
 _KEPT = 2
@@ -38,7 +39,7 @@ _RUN = {
 _STATE = {
     "setup": dict,
     "run": _RUN,
-    "totals": (int, _NUMBERS, _NUMBERS),
+    "totals": {field.name: _NUMBER for field in fields(Totals)},
     "history": [(int, _NUMBERS, object, _NUMBER)],  # the third: numbers, or None without validation data
     "stopped": int | None,
     "random": Tensor,
@@ -123,6 +124,8 @@ def _state_problem(state, setup) -> str | None:
     strange = state["run"].keys() - _RUN.keys()
     if strange:
         return f"has run.{min(strange, key=str)}, which this version does not know"
+    if not isinstance((state["scheduler"] or {}).get("last_epoch", 0), int):
+        return "has no whole number in scheduler.last_epoch"
     for i, (_, _, validated, _) in enumerate(state["history"]):
         problem = None if validated is None else form_problem(validated, _NUMBERS, f"history[{i}][2]")
         if problem:

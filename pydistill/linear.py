@@ -186,7 +186,9 @@ def _loss(student, teacher, labels, weights, options, chunk_rows, return_metrics
             with torch.no_grad():
                 teacher = head.logits()
         counts = _rows_that_count(student.hidden.shape[:-1], labels, sample_weight=weights["sample_weight"], **options)
-        loss = distillation_loss(student.logits(counts), teacher, labels, **weights, **options, return_metrics=return_metrics)
+        loss = distillation_loss(
+            student.logits(counts), teacher, labels, **weights, **options, return_metrics=return_metrics
+        )
         backend.last_call.text += "; on the whole logits: " + (why or "another recorder than torch.compile")
         return loss
     in_memory = dict(zip(names, student[:3], strict=True))

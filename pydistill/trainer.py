@@ -44,7 +44,6 @@ from pydistill.training_checks import (
     check_loss,
     check_optimizer,
     check_result,
-    check_resumed,
     check_scheduler,
     check_schedules,
     check_seed,
@@ -589,8 +588,9 @@ class Trainer:
         state = checkpoint.load_run(self, setup)
         if state is None:
             return _Run(epochs)
-        check_resumed(state, setup, self.callbacks, self.scheduler)
-        run = _resumed_run(state, epochs)
+        for name, value in setup.items():
+            if state["setup"][name] != value:
+                raise ValueError(f"resume: the checkpoint was made with {name}={state['setup'][name]}, got {value}")
         try:
             self.student.load_state_dict(state["student"])
         except RuntimeError as error:
@@ -609,20 +609,11 @@ class Trainer:
                 setattr(self.loss, name, value)
         self.stop = state["stopped"] is not None and epochs <= state["stopped"]
         torch.set_rng_state(state["random"])
-        return run
-
-
-def _resumed_run(state, epochs) -> _Run:
-    try:
         history = History(
             EpochRecord(epoch, Scores(*train), None if val is None else Scores(*val), seconds)
             for epoch, train, val, seconds in state["history"]
         )
         return _Run(epochs, **state["run"], totals=Totals(**state["totals"]), history=history, random=state["random"])
-    except (TypeError, ValueError) as error:
-        raise ValueError(
-            f"resume: the checkpoint has another form than this version of pydistill's: {error}"
-        ) from error
 
 
 def _groups(found, size):

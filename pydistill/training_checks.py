@@ -250,42 +250,6 @@ def check_schedules(schedules, loss) -> dict:
     return dict(schedules)
 
 
-def check_resumed(state, setup, callbacks, scheduler):
-    """A checkpoint must be of a run like this one, callback by callback."""
-    parts = [
-        "setup",
-        "run",
-        "totals",
-        "history",
-        "stopped",
-        "random",
-        "student",
-        "optimizer",
-        "scheduler",
-        "callbacks",
-        "loss",
-    ]
-    missing = [name for name in parts if not isinstance(state, dict) or name not in state]
-    if missing:
-        raise ValueError(f"resume: the checkpoint lacks {', '.join(missing)}, and no Trainer of this version wrote it")
-    for name, value in setup.items():
-        if state["setup"].get(name) != value:
-            raise ValueError(f"resume: the checkpoint was made with {name}={state['setup'].get(name)}, got {value}")
-    if len(state["callbacks"]) != len(callbacks):
-        raise ValueError(
-            f"resume: the checkpoint was made with {len(state['callbacks'])} callbacks, got {len(callbacks)}"
-        )
-    for i, (callback, of_callback) in enumerate(zip(callbacks, state["callbacks"], strict=True)):
-        if of_callback is not None and not hasattr(callback, "load_state_dict"):
-            raise ValueError(
-                f"resume: the checkpoint holds the state of callback {i}, and {describe(callback)} has no "
-                "load_state_dict; pass the callbacks in the order of the run that made it"
-            )
-    if (state["scheduler"] is None) != (scheduler is None):
-        made, got = ("without", "one") if state["scheduler"] is None else ("with", "none")
-        raise ValueError(f"resume: the checkpoint was made {made} a scheduler, got {got}")
-
-
 def _accepts(function, *args, **kwargs) -> bool:
     """Whether the arguments fit, as far as that is known."""
     try:

@@ -322,7 +322,7 @@ CHANGED_STATES = [
     (("setup", "seed"), "has no setup.seed"),
     (("run", "epoch"), "has no run.epoch"),
     (("run", "epoch_random"), "has no run.epoch_random"),
-    (("totals", 1, 4), r"has 4 items where totals\[1\] must have 5"),
+    (("totals", "soft_items"), "has no totals.soft_items"),
     (("history", 1, 2), r"has 3 items where history\[1\] must have 4"),
     (("history", 0, 2, 0), r"has 4 items where history\[0\]\[2\] must have 5"),
     (("optimizer", "param_groups", 0, "params"), r"has no optimizer.param_groups\[0\].params"),

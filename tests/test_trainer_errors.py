@@ -441,52 +441,6 @@ def test_early_stopping(options, error, message):
         EarlyStopping(**options)
 
 
-@pytest.mark.parametrize(
-    ("made", "got", "message"),
-    [
-        ({}, {"callbacks": [BestModel()]}, "resume: the checkpoint was made with 0 callbacks, got 1"),
-        ({"callbacks": [BestModel()]}, {"callbacks": [print]}, "state of callback 0, and the function print has no"),
-        ({"step": 1}, {}, "resume: the checkpoint was made with a scheduler, got none"),
-        ({}, {"step": 1}, "resume: the checkpoint was made without a scheduler, got one"),
-    ],
-)
-def test_a_resume_with_other_parts(data, tmp_path, made, got, message):
-    def trainer(step=None, **options):
-        student = mlp()
-        optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
-        scheduler = None if step is None else torch.optim.lr_scheduler.StepLR(optimizer, step)
-        return trainer_for(student, optimizer=optimizer, scheduler=scheduler, checkpoint_dir=tmp_path, **options)
-
-    trainer(**made).fit(data, epochs=1)
-    with pytest.raises(ValueError, match=message):
-        trainer(**got).fit(data, epochs=2, resume=True)
-
-
-def test_a_checkpoint_of_another_form(data, tmp_path):
-    from pydistill import checkpoint
-
-    def resume(change):
-        folder = tmp_path / str(len(list(tmp_path.iterdir())))
-        trainer_for(mlp(), checkpoint_dir=folder).fit(data, epochs=1)
-        state = checkpoint.load_newest(folder)
-        checkpoint.save(folder, 2, change(state))
-        student = mlp()
-        before = weights(student)
-        try:
-            trainer_for(student, checkpoint_dir=folder).fit(data, epochs=2, resume=True)
-        finally:
-            assert torch.equal(weights(student), before)
-
-    with pytest.raises(ValueError, match="resume: the checkpoint lacks totals, student, and no Trainer"):
-        resume(lambda state: {k: v for k, v in state.items() if k not in ("totals", "student")})
-    with pytest.raises(ValueError, match=r"resume: the checkpoint has another form.*'batch'"):
-        resume(lambda state: state | {"totals": {"batch": 1}})
-    with pytest.raises(ValueError, match="resume: the checkpoint has another form"):
-        resume(lambda state: state | {"totals": [3, [0.0] * 5, [0.0] * 5]})
-    with pytest.raises(ValueError, match="resume: the checkpoint lacks setup, run"):
-        resume(lambda state: [1, 2])
-
-
 def test_a_partial_of_the_loss_is_a_loss(data):
     loss = functools.partial(pydistill.distillation_loss, alpha=0.3)
     assert len(trainer_for(mlp(), loss).fit(data, epochs=1)) == 1

@@ -119,6 +119,16 @@ class _Exp2(NamedTuple):
     coefficients: tuple
 
 
+# Minimax polynomial p of log(1 + x) = x - x^2 / 2 + x^3 p(x) for 1 + x in [sqrt(1/2), sqrt(2)].
+_LOG_COEFFICIENTS = (
+    "0x1.5556d8p-2",
+    "-0x1.000382p-2",
+    "0x1.98d7f2p-3",
+    "-0x1.53824ap-3",
+    "0x1.317458p-3",
+    "-0x1.2432b8p-3",
+    "0x1.645eap-4",
+)
 # Minimax polynomial of 2^x on [-1/2, 1/2].
 _COEFFICIENTS = (
     "0x1p+0",
@@ -213,6 +223,39 @@ def exp2(typingctx, d, c):
 
 
 @intrinsic
+def log(typingctx, x):
+    """log(x) for normal x > 0; exactly 0 at 1, NaN for NaN. float32: within 1 ULP, as in csrc/vec.hpp; float64: libm.
+
+    For float32 libm's would be a call, and a loop with a call in it has no vectors.
+    """
+
+    def of_float64(context, builder, signature, args):
+        (x,) = args
+        function = builder.module.declare_intrinsic("llvm.log", [x.type], ir.FunctionType(x.type, [x.type]))
+        return builder.call(function, args)
+
+    def of_float32(context, builder, signature, args):
+        (x,) = args
+        real, integer = x.type, ir.IntType(32)
+        root_half = integer(0x3F3504F3)
+        above = builder.sub(builder.bitcast(x, integer), root_half)  # its exponent field is n, x = 2^n (1 + f)
+        exponent = builder.sitofp(builder.ashr(above, integer(23)), real)
+        mantissa = builder.add(builder.and_(above, integer(0x7FFFFF)), root_half)
+        f = builder.fsub(builder.bitcast(mantissa, real), real(1.0))
+        coefficients = [real(float.fromhex(c)) for c in _LOG_COEFFICIENTS]
+        r = coefficients[-1]
+        for coefficient in reversed(coefficients[:-1]):
+            r = _fmuladd(builder, [r, f, coefficient])
+        square = builder.fmul(f, f)
+        low = _fmuladd(builder, [real(-0.5), square, builder.fmul(exponent, real(-2.12194440e-4))])
+        r = _fmuladd(builder, [builder.fmul(square, f), r, low])
+        r = _fmuladd(builder, [exponent, real(0.693359375), builder.fadd(f, r)])
+        return builder.fadd(r, builder.fsub(x, x))
+
+    return x(x), of_float32 if x == types.float32 else of_float64
+
+
+@intrinsic
 def accumulate(typingctx, total, x):
     """``total + x`` in a loop whose additions LLVM may reorder, so that it can keep one total per lane."""
 
@@ -252,13 +295,17 @@ def _root_of_scalar(x):
 @overload(formulas.mixture)
 def _mixture_of_scalars(x, of_p, of_q):
     """`formulas.mixture` where numba compiles a divergence; from the ratio of p and q, as csrc/divergences.hpp."""
+    real = np.float32 if of_p == types.float32 else np.float64  # a literal would make float32 wider
+    one, smallest = real(1), np.finfo(real).tiny
 
     def mixture(x, of_p, of_q):
         above = x.log_ratio > 0
-        smaller, larger = (x.p, x.q) if above else (x.q, x.p)
+        smaller = x.p if above else x.q
+        larger = x.q if above else x.p
+        of_larger = of_q if above else of_p
         ratio = smaller / larger
-        m = ratio + (of_q if above else of_p) * (1 - ratio)
-        larger_over_m = -math.log(m)
+        m = ratio + of_larger * (one - ratio)
+        larger_over_m = -log(smallest if m < smallest else m)
         log_p = larger_over_m - x.log_ratio if above else larger_over_m
         log_q = larger_over_m if above else larger_over_m + x.log_ratio
         return formulas.Mixture(log_p, log_q, smaller if smaller == 0 else smaller / m)

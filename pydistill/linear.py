@@ -169,10 +169,15 @@ def linear_distillation_loss(
     }
     weights = {"sample_weight": sample_weight, "class_weight": class_weight}
     student = (student_hidden, student_weight, student_bias, softcap, logit_scale)
-    return _loss(student, teacher, labels, weights, options, chunk_rows, return_metrics)
+    arguments = (student, teacher, labels, weights, options, chunk_rows, return_metrics)
+    # Not as a decorator of _loss: torch.compiler.disable imports torch._dynamo, which takes as long as torch itself.
+    if torch.compiler.is_dynamo_compiling():
+        from pydistill.engine import between_graphs
+
+        return between_graphs.run(_loss, *arguments)
+    return _loss(*arguments)
 
 
-@torch.compiler.disable
 def _loss(student, teacher, labels, weights, options, chunk_rows, return_metrics):
     names = ("student_hidden", "student_weight", "student_bias")
     check_head_options(*student[3:], chunk_rows)

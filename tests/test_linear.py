@@ -320,6 +320,20 @@ def test_torch_compile_of_a_model_around_it():
         torch.testing.assert_close(a, b)
 
 
+def test_torch_compile_runs_it_between_graphs():
+    """A graph before it and a graph after it; nothing of its Python is traced. One graph for all is an error."""
+    data = Data()
+    options = {"temperature": 2.0, "alpha": 0.3}
+
+    def step(hidden, weight):
+        return 2 * pydistill.linear_distillation_loss(2 * hidden, weight, data.teacher, data.labels, **options)
+
+    explained = torch._dynamo.explain(step)(data.hidden, data.weight)
+    assert (explained.graph_count, explained.graph_break_count, explained.op_count) == (2, 1, 2)
+    with pytest.raises(torch._dynamo.exc.Unsupported, match=r"linear_distillation_loss runs between graphs"):
+        torch.compile(step, fullgraph=True, backend="eager")(data.hidden, data.weight)
+
+
 def test_functorch_goes_through_the_whole_logits():
     data = Data(bias=False)
     got = torch.func.grad(lambda w: pydistill.linear_distillation_loss(data.hidden, w, data.teacher, data.labels))(

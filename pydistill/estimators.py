@@ -1,4 +1,7 @@
-"""What a scikit-learn estimator must be to teach, and what is asked of one; scikit-learn is imported on use."""
+"""What a scikit-learn estimator must be to teach, and how it is fitted; scikit-learn is imported on use."""
+
+import inspect
+import warnings
 
 import numpy as np
 from torch import nn
@@ -42,6 +45,61 @@ def frozen_part(estimator) -> str | None:
         if name.split("__")[-1] == "cv" and isinstance(value, str) and value == "prefit":
             return f"its {name!r} is 'prefit'"
     return None
+
+
+def fit_weighted(estimator, X, y, weight):
+    """Fit an estimator; where there are weights of the rows, with them."""
+    names = () if weight is None else weight_names(estimator)
+    return estimator.fit(X, y, **dict.fromkeys(names, weight))
+
+
+def weight_names(estimator) -> list[str]:
+    """The keywords through which ``fit`` takes the rows' weights; none where they would not reach the classifier.
+
+    In a Pipeline each step that takes weights gets them: to its scaler, too, a row of weight 2 is two rows.
+    """
+    from sklearn import get_config
+    from sklearn.pipeline import Pipeline
+    from sklearn.utils.metadata_routing import get_routing_for_object
+
+    if _takes_weight(estimator):
+        return ["sample_weight"]
+    if get_config()["enable_metadata_routing"]:
+        return list(get_routing_for_object(estimator).consumes("fit", ["sample_weight"]))
+    if isinstance(estimator, Pipeline):
+        steps = [(name, weight_names(step)) for name, step in estimator.steps if hasattr(step, "fit")]
+        reached = steps[-1][0] == estimator.steps[-1][0] and steps[-1][1]
+        return [f"{step}__{name}" for step, names in steps for name in names] if reached else []
+    if is_a(estimator, "sklearn", "BaseSearchCV"):
+        return weight_names(estimator.estimator)
+    if any(is_a(estimator, "sklearn", name) for name in ("VotingClassifier", "StackingClassifier")):
+        # Their fit passes sample_weight on to every member, and raises where one does not take it.
+        members = [member for _, member in estimator.estimators] + [getattr(estimator, "final_estimator", None)]
+        return ["sample_weight"] if all(_takes_weight(x) for x in members if hasattr(x, "fit")) else []
+    return []
+
+
+def usable_weight(name, estimator, weight, *, stacklevel):
+    """The weights for the estimator's ``fit``. Where it takes none: None, and a warning if they differ."""
+    if weight is None or weight_names(estimator):
+        return weight
+    if weight.min() < weight.max():
+        warnings.warn(
+            f"sample_weight cannot reach {name}: {type(estimator).__name__}.fit takes none that would get to the "
+            "classifier. It is fitted on the rows whose weight is not 0, and each of them counts once",
+            UserWarning,
+            stacklevel=stacklevel + 1,
+        )
+    return None
+
+
+def _takes_weight(estimator) -> bool:
+    if "sample_weight" not in inspect.signature(estimator.fit).parameters:
+        return False
+    if not hasattr(estimator, "fit_transform"):
+        return True
+    parameters = inspect.signature(estimator.fit_transform).parameters  # what a Pipeline calls of all but its last step
+    return "sample_weight" in parameters or any(x.kind is x.VAR_KEYWORD for x in parameters.values())
 
 
 def for_labels(estimator, classes):

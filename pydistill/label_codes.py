@@ -3,6 +3,8 @@
 import numpy as np
 from sklearn.base import BaseEstimator, ClassifierMixin, clone
 
+from pydistill.estimators import fit_weighted
+
 
 class OnLabelCodes(ClassifierMixin, BaseEstimator):
     """Fits a classifier on the codes of the labels, and speaks of the labels themselves.
@@ -15,10 +17,10 @@ class OnLabelCodes(ClassifierMixin, BaseEstimator):
     def __init__(self, estimator):
         self.estimator = estimator
 
-    def fit(self, X, y):
+    def fit(self, X, y, sample_weight=None):
         """Fit a clone of the classifier."""
         self.classes_, codes = np.unique(y, return_inverse=True)
-        self.estimator_ = clone(self.estimator).fit(X, codes)
+        self.estimator_ = fit_weighted(clone(self.estimator), X, codes, sample_weight)
         return self
 
     def predict(self, X):

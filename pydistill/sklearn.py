@@ -9,17 +9,25 @@ import numpy as np
 import torch
 from torch import nn
 
-from pydistill.estimators import check_classifier, for_labels, frozen_part, other_classes
+from pydistill.estimators import (
+    check_classifier,
+    fit_weighted,
+    for_labels,
+    frozen_part,
+    other_classes,
+    usable_weight,
+)
 from pydistill.losses import DistillationLoss
+from pydistill.modules import float_dtype
 from pydistill.targets import SoftTargets
-from pydistill.teachers import soft_targets, teacher_outputs
+from pydistill.teachers import counted_folds, soft_targets, teacher_outputs
 from pydistill.trainer import Trainer
 from pydistill.training_checks import check_lone_row
 
 try:
     from sklearn.base import BaseEstimator, ClassifierMixin, clone
     from sklearn.frozen import FrozenEstimator
-    from sklearn.utils import check_array, check_random_state
+    from sklearn.utils import _safe_indexing, check_array, check_consistent_length, check_random_state
     from sklearn.utils.multiclass import check_classification_targets
     from sklearn.utils.validation import _check_sample_weight, check_is_fitted, check_memory, validate_data
 except ImportError as error:
@@ -40,8 +48,8 @@ class DistilledClassifier(ClassifierMixin, BaseEstimator):
         \text{alpha}\, T^2\, \mathrm{KL}(\text{teacher}_T, \text{student}_T)
         + (1 - \text{alpha})\, \mathrm{CE}(\text{student}, y)
 
-    with Adam in float32. ``predict``, ``predict_proba`` (the student's softmax at T = 1) and ``score`` use the student
-    alone.
+    with Adam in float32, or in float64 where ``student`` is float64. ``predict``, ``predict_proba`` (the student's
+    softmax at T = 1) and ``score`` use the student alone.
 
     The features are not scaled: put a ``StandardScaler`` before it in a Pipeline; the teacher then gets scaled features
     too. The teacher gets DataFrames as they are, everything else as an array, and the labels as they are; only
@@ -72,7 +80,8 @@ class DistilledClassifier(ClassifierMixin, BaseEstimator):
         classes_: the labels, sorted; the columns of ``predict_proba``.
         teacher_: the teacher, fitted on all rows.
         student_: the trained module, in eval mode. To ship it, save this; a pickle of the classifier holds the teacher.
-        agreement_: share of the rows of ``fit`` for which student and ``teacher_`` have the same class.
+        agreement_: share of the labelled rows of ``fit`` for which the student has the class that the teacher's targets
+            have: out of fold, since ``teacher_`` itself has seen these rows and their labels.
         compression_: bytes of the pickled teacher / bytes of the student's parameters and buffers.
         history_: what :meth:`pydistill.Trainer.fit` returned, a record per epoch.
         n_features_in_, feature_names_in_: as everywhere in scikit-learn.
@@ -145,8 +154,14 @@ class DistilledClassifier(ClassifierMixin, BaseEstimator):
         Args:
             X: ``(N, n_features)``, array, list or DataFrame of numbers, all of them finite.
             y: ``(N,)``, integers, strings or booleans.
-            sample_weight: ``(N,)``, finite and >= 0, on both terms of the student's loss. The teacher is fitted without
-                weights.
+            sample_weight: ``(N,)``, finite and >= 0. The weights are on both terms of the student's loss. The teacher's
+                ``fit`` gets them if it takes weights: every step of a Pipeline that does; with metadata routing
+                enabled, what requests them. If it does not, a warning says so, and the teacher is fitted on the rows of
+                positive weight without weights. Rows of weight 0 are removed before anything else: they may hold any
+                values and labels, and are in no fold (row numbers in ``cv`` are still those of all rows). Integer
+                weights are equivalent to repeated rows, up to rounding, if they are so for the teacher and
+                ``batch_size`` is at least the number of rows. In smaller batches they are so on average only: a row of
+                weight 2 is drawn once per epoch, and counts twice.
             X_unlabeled: ``(M, n_features)``, more rows, of which the student learns what the fitted teacher says; each
                 weighs 1. In a Pipeline they pass the steps before only with ``transform_input=["X_unlabeled"]``.
 
@@ -163,34 +178,35 @@ class DistilledClassifier(ClassifierMixin, BaseEstimator):
         return self
 
     def _fit(self, X, y, sample_weight, X_unlabeled):
+        X, y, weight, counts = _rows_that_count(X, y, sample_weight)
         features, y = validate_data(self, X, y, dtype=_FLOATS)
         check_classification_targets(y)
         classes, codes = np.unique(y, return_inverse=True)
-        weight = sample_weight
-        if weight is not None:
-            weight = _check_sample_weight(weight, features, ensure_non_negative=True)
-        _check_classes(classes, codes, weight)
+        if len(classes) < 2:
+            where = "" if counts is None else " in rows whose sample_weight is not 0"
+            raise ValueError(f"y must hold at least two classes{where}, got {len(classes)} class")
         unlabeled = None if X_unlabeled is None else self._check_unlabeled(X_unlabeled)
+        cv = self.cv if counts is None else counted_folds(self.cv, counts)
 
         epochs, batch_size = _count("epochs", self.epochs), _count("batch_size", self.batch_size)
         self._check_teacher()
         rng = check_random_state(self.random_state)
-        inputs = torch.tensor(features, dtype=torch.float32)
-        student, trainer = self._make_trainer(inputs, len(classes), rng)
+        student, trainer = self._make_trainer(features, len(classes), rng)
+        inputs = _inputs(student, features)
+        students_weight = None if weight is None else _in_precision(weight, inputs.dtype)
         row_count = len(inputs) + (0 if unlabeled is None else len(unlabeled))
         if (row_count - 1) % batch_size == 0:  # the trainer would find it, when the teacher has been fitted
             check_lone_row(student, inputs[:1], row_count, batch_size)
 
         rows = _as_teacher_takes_them(X, features)
-        teacher, targets = self._teach(rows, y, classes, rng)
-        labels = torch.from_numpy(codes)
-        data = (inputs, targets, labels)
+        teacher, targets = self._teach(rows, y, classes, cv, weight, rng)
+        data = (inputs, targets, torch.from_numpy(codes))
         if unlabeled is not None:
             more = teacher_outputs(teacher, _as_teacher_takes_them(X_unlabeled, unlabeled))
-            data = _append(data, torch.tensor(unlabeled, dtype=torch.float32), more)
+            data = _append(data, _inputs(student, unlabeled), more)
         if weight is not None:
-            ones = np.ones(len(data[0]) - len(weight))
-            data = (*data, torch.from_numpy(np.concatenate([weight, ones]).astype(np.float32)))
+            ones = students_weight.new_ones(len(data[0]) - len(weight))
+            data = (*data, torch.cat([students_weight, ones]))
         try:
             history = trainer.fit(data, epochs=epochs, batch_size=batch_size)
         except ValueError as error:
@@ -199,7 +215,7 @@ class DistilledClassifier(ClassifierMixin, BaseEstimator):
             raise
 
         self.classes_, self.teacher_, self.student_, self.history_ = classes, teacher, student.eval(), history
-        agrees = _logits(student, inputs).argmax(-1) == teacher_outputs(teacher, rows).logits.argmax(-1)
+        agrees = _logits(student, inputs).argmax(-1) == targets.logits.argmax(-1)
         self.agreement_ = float(agrees.double().mean())
 
     def predict(self, X):
@@ -208,10 +224,14 @@ class DistilledClassifier(ClassifierMixin, BaseEstimator):
         return self.classes_[probs.argmax(1)]
 
     def predict_proba(self, X):
-        """The student's probabilities ``(N, n_classes)`` at T = 1, float32; columns in the order of ``classes_``."""
+        """The student's probabilities ``(N, n_classes)`` at T = 1, float32; columns in the order of ``classes_``.
+
+        float64 for a float64 student.
+        """
         check_is_fitted(self)
         X = validate_data(self, X, reset=False, dtype=_FLOATS)
-        return _logits(self.student_, torch.tensor(X, dtype=torch.float32)).softmax(-1).numpy()
+        logits = _logits(self.student_, _inputs(self.student_, X))
+        return logits.softmax(-1, dtype=_precision(logits.dtype)).numpy()
 
     @property
     def compression_(self):
@@ -239,18 +259,19 @@ class DistilledClassifier(ClassifierMixin, BaseEstimator):
                 "these, freeze it as a whole, a Pipeline too: FrozenEstimator(teacher)"
             )
 
-    def _make_trainer(self, inputs, n_classes, rng):
+    def _make_trainer(self, features, n_classes, rng):
         """Student and trainer. Made before the teacher is fitted, which may take long, to find errors first."""
         loss = DistillationLoss(temperature=self.temperature, alpha=self.alpha, unlabeled="distill")
         weights_seed, seed = (int(x) for x in rng.randint(2**31 - 1, size=2))
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(weights_seed)
-            student = self._make_student(inputs.shape[1], n_classes)
-            outputs = _logits(student.eval(), inputs[:2])  # lazy layers get their parameters here
-        if outputs.shape != (len(inputs[:2]), n_classes):
+            student = self._make_student(features.shape[1], n_classes)
+            inputs = _inputs(student, features[:2])
+            outputs = _logits(student.eval(), inputs)  # lazy layers get their parameters here
+        if outputs.shape != (len(inputs), n_classes):
             raise ValueError(
                 f"student must map (rows, {inputs.shape[1]}) to logits (rows, {n_classes}), one for each class; it "
-                f"maps {tuple(inputs[:2].shape)} to {tuple(outputs.shape)}"
+                f"maps {tuple(inputs.shape)} to {tuple(outputs.shape)}"
             )
         optimizer = torch.optim.Adam(student.parameters(), lr=self.learning_rate, fused=True)
         return student, Trainer(student, loss, optimizer=optimizer, seed=seed, progress=False)
@@ -278,7 +299,7 @@ class DistilledClassifier(ClassifierMixin, BaseEstimator):
             raise TypeError(f"student(n_features, n_classes) must give a torch module, got {type(student).__name__}")
         return student
 
-    def _teach(self, rows, y, classes, rng):
+    def _teach(self, rows, y, classes, cv, weight, rng):
         """The fitted teacher, and its targets for the rows."""
         if isinstance(self.teacher, nn.Module | FrozenEstimator):
             teacher = self.teacher if isinstance(self.teacher, nn.Module) else self.teacher.estimator
@@ -286,12 +307,13 @@ class DistilledClassifier(ClassifierMixin, BaseEstimator):
             _check_prefit(teacher, targets, classes)
             return teacher, targets
         teacher = _seed(clone(self.teacher), rng)
-        return check_memory(self.memory).cache(_fit_teacher)(teacher, rows, y, self.cv)
+        weight = usable_weight("teacher", teacher, weight, stacklevel=4)
+        return check_memory(self.memory).cache(_fit_teacher)(teacher, rows, y, cv, weight)
 
 
-def _fit_teacher(teacher, rows, y, cv):
-    targets = soft_targets(teacher, rows, y, cv=cv)
-    return for_labels(teacher, np.unique(y)).fit(rows, y), targets
+def _fit_teacher(teacher, rows, y, cv, weight):
+    targets = soft_targets(teacher, rows, y, cv=cv, sample_weight=weight)
+    return fit_weighted(for_labels(teacher, np.unique(y)), rows, y, weight), targets
 
 
 def _seed(teacher, rng):
@@ -312,6 +334,28 @@ def _mlp(n_features, hidden, n_classes) -> nn.Module:
     return nn.Sequential(*layers, nn.Linear(width, n_classes))
 
 
+def _inputs(student, features) -> torch.Tensor:
+    """The features in the student's own precision."""
+    return torch.tensor(features, dtype=float_dtype(student, torch.float32))
+
+
+def _precision(dtype):
+    """That of the loss: float32, or float64 for a float64 student."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _in_precision(weight, dtype) -> torch.Tensor:
+    """The weights as the student's loss takes them; none may turn into 0 or infinity."""
+    limits = torch.finfo(_precision(dtype))
+    bad = (weight < limits.tiny) | (weight > limits.max)
+    if bad.any():
+        raise ValueError(
+            f"sample_weight must be 0 or from {limits.tiny:.0e} to {limits.max:.0e}, as {limits.dtype} is, got "
+            f"{weight[bad.argmax()]}; multiply all of them with one number"
+        )
+    return torch.from_numpy(weight).to(_precision(dtype))
+
+
 @torch.no_grad()
 def _logits(student, inputs):
     return torch.cat([student(part) for part in inputs.split(_PREDICT_ROWS)])
@@ -330,12 +374,18 @@ def _as_teacher_takes_them(X, features):
     return X if hasattr(X, "columns") else features
 
 
-def _check_classes(classes, codes, weight):
-    present = np.unique(codes if weight is None else codes[weight > 0])
-    if len(present) < 2:
-        where = "" if weight is None else " in rows whose sample_weight is not 0"
-        noun = "class" if len(present) == 1 else "classes"
-        raise ValueError(f"y must hold at least two classes{where}, got {len(present)} {noun}")
+def _rows_that_count(X, y, sample_weight):
+    """X, y and weights less the rows of weight 0, and which rows those are: None where all count."""
+    if sample_weight is None:
+        return X, y, None, None
+    weight = _check_sample_weight(sample_weight, X, ensure_non_negative=True)
+    counts = weight > 0
+    if y is None or counts.all():
+        return X, y, weight, None
+    check_consistent_length(X, y)
+    rows = np.flatnonzero(counts)
+    X = X.tocsr() if hasattr(X, "tocsr") else X
+    return _safe_indexing(X, rows), _safe_indexing(y, rows), weight[rows], counts
 
 
 def _check_prefit(teacher, targets, classes):

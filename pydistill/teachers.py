@@ -6,7 +6,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pydistill.estimators import check_classifier, for_labels, frozen_part, is_a, other_classes
+from pydistill.estimators import (
+    check_classifier,
+    few,
+    fit_weighted,
+    for_labels,
+    frozen_part,
+    is_a,
+    other_classes,
+    usable_weight,
+)
 from pydistill.modules import float_dtype, mode
 from pydistill.targets import SoftTargets
 
@@ -26,7 +35,7 @@ _IN_SAMPLE = (
 )
 
 
-def soft_targets(estimator, X, y, *, cv=5, in_sample=False) -> SoftTargets:
+def soft_targets(estimator, X, y, *, cv=5, in_sample=False, sample_weight=None) -> SoftTargets:
     """A scikit-learn classifier's soft targets for the rows it learns from, each from a refit that did not see the row.
 
     The targets are logits where the classifier has them: the decision values of logistic regression, linear
@@ -45,6 +54,11 @@ def soft_targets(estimator, X, y, *, cv=5, in_sample=False) -> SoftTargets:
         cv: number of folds, stratified and in the rows' order as in scikit-learn, or a splitter, or an iterable of
             ``(train, test)`` indices, as ``GroupKFold(5).split(X, y, groups)`` gives it.
         in_sample: take the fitted estimator's outputs for X as they are, although it has seen these rows. Warns.
+        sample_weight: ``(N,)``, finite and >= 0. The weights are passed to ``fit`` if it takes weights: to every step
+            of a Pipeline that does; with metadata routing enabled, to what requests them. If it does not, a warning
+            says so, and the refits are on the rows of positive weight, without weights. Rows of weight 0 are removed
+            before anything else: they are in no fold, their labels are not among the classes, and their targets are
+            uniform. Row numbers in ``cv`` are still those of all rows.
 
     Returns:
         SoftTargets: ``(N, C)``, float32, on the CPU. Column j is class ``numpy.unique(y)[j]``, whatever the order of
@@ -55,7 +69,7 @@ def soft_targets(estimator, X, y, *, cv=5, in_sample=False) -> SoftTargets:
             classifier, which cannot be refitted; X and y of different lengths; y that is not 1-D or holds one class; a
             class with fewer rows than folds, or missing from a fold's training rows; a ``cv`` that does not hold out
             each row once; rows that were never out of bag; with ``in_sample`` an estimator whose classes are not those
-            of y. And what the estimator raises.
+            of y; weights of another length, negative, not finite, or all 0. And what the estimator raises.
         TypeError: an estimator that is a class, a torch module or no classifier at all; X without rows.
 
     Example:
@@ -68,7 +82,7 @@ def soft_targets(estimator, X, y, *, cv=5, in_sample=False) -> SoftTargets:
         (SoftTargets(shape=(150, 3), dtype=torch.float32), True)
     """
     check_classifier("estimator", estimator)
-    X, y, classes = _check_rows(X, y)
+    X, y = _check_rows(X, y)
     frozen = None if in_sample else frozen_part(estimator)
     if frozen:
         raise ValueError(
@@ -77,12 +91,23 @@ def soft_targets(estimator, X, y, *, cv=5, in_sample=False) -> SoftTargets:
         )
     if in_sample:
         warnings.warn(_IN_SAMPLE, UserWarning, stacklevel=2)
-        return _as_targets(_in_columns(_logits(estimator, X), estimator, classes))
+    weight, counts = _check_weight(sample_weight, X)
+    if counts is None:
+        return _as_targets(_targets(estimator, X, y, cv, in_sample, weight))
+    rows = np.flatnonzero(counts)
+    logits = _targets(estimator, _take(X, rows), y[rows], counted_folds(cv, counts), in_sample, weight[rows])
+    return _as_targets(logits.new_zeros(len(y), logits.shape[1]).index_copy(0, torch.from_numpy(rows), logits))
+
+
+def _targets(estimator, X, y, cv, in_sample, weight) -> Tensor:
+    """The logits of rows that all count."""
+    classes = _check_labels(y)
+    if in_sample:
+        return _in_columns(_logits(estimator, X), estimator, classes)
+    weight = usable_weight("estimator", estimator, weight, stacklevel=3)
     if getattr(estimator, "oob_score", False):
-        logits = _out_of_bag(estimator, X, y, classes)
-    else:
-        logits = _out_of_fold(for_labels(estimator, classes), X, y, classes, cv)
-    return _as_targets(logits)
+        return _out_of_bag(estimator, X, y, classes, weight)
+    return _out_of_fold(for_labels(estimator, classes), X, y, classes, cv, weight)
 
 
 def teacher_outputs(teacher, X, *, batch_size=256) -> SoftTargets:
@@ -122,20 +147,20 @@ def teacher_outputs(teacher, X, *, batch_size=256) -> SoftTargets:
     return _as_targets(_logits(teacher, _as_rows(X)))
 
 
-def _out_of_fold(estimator, X, y, classes, cv):
+def _out_of_fold(estimator, X, y, classes, cv, weight):
     from sklearn.base import clone
 
     logits = torch.empty(len(y), len(classes))
     for train, test in _splits(X, y, classes, cv):
-        fitted = clone(estimator).fit(_take(X, train), y[train])
+        fitted = fit_weighted(clone(estimator), _take(X, train), y[train], None if weight is None else weight[train])
         logits[test] = _in_columns(_logits(fitted, _take(X, test)), fitted, classes)
     return logits
 
 
-def _out_of_bag(estimator, X, y, classes):
+def _out_of_bag(estimator, X, y, classes, weight):
     from sklearn.base import clone
 
-    fitted = clone(estimator).fit(X, y)
+    fitted = fit_weighted(clone(estimator), X, y, weight)
     probs = fitted.oob_decision_function_
     never = ~(probs.sum(1) > 0)  # forests leave 0 there, BaggingClassifier NaN
     if never.any():
@@ -145,6 +170,28 @@ def _out_of_bag(estimator, X, y, classes):
             "oob_score=False for targets out of fold"
         )
     return _in_columns(_log(probs), fitted, classes)
+
+
+def counted_folds(cv, counts):
+    """The folds of the rows that count: splits that name rows by their numbers among all rows get the new numbers."""
+    from sklearn.model_selection import PredefinedSplit
+
+    if isinstance(cv, PredefinedSplit):
+        splits = cv.split()
+    elif hasattr(cv, "split") or not np.iterable(cv):
+        return cv  # it will be shown the rows that count, and no others
+    else:
+        splits = cv
+    places = np.cumsum(counts) - 1
+    return [tuple(_renumbered(part, counts, places) for part in split) for split in splits]
+
+
+def _renumbered(rows, counts, places):
+    rows = np.asarray(rows)
+    if rows.size and not (rows.dtype.kind in "iu" and rows.min() >= 0 and rows.max() < len(counts)):
+        raise ValueError(f"cv must hold numbers of rows, from 0 to {len(counts) - 1}, got {few(rows.tolist())}")
+    rows = rows.astype(np.intp)
+    return places[rows[counts[rows]]]
 
 
 def _splits(X, y, classes, cv):
@@ -303,19 +350,35 @@ def _check_probabilities(estimator):
 
 
 def _check_rows(X, y):
-    from sklearn.utils.multiclass import check_classification_targets
-
     X, y = _as_rows(X), np.asarray(y)
     X = X.tocsr() if hasattr(X, "tocsr") else X  # of the sparse forms not all have rows to take
     if y.ndim != 1:
         raise ValueError(f"y must be 1-D, a label per row; got shape {y.shape}")
     if X.shape[0] != len(y):
         raise ValueError(f"X and y must have the same number of rows, got {X.shape[0]} and {len(y)}")
+    return X, y
+
+
+def _check_labels(y):
+    """The classes of rows that all count."""
+    from sklearn.utils.multiclass import check_classification_targets
+
     check_classification_targets(y)
     classes = np.unique(y)
     if len(classes) < 2:
         raise ValueError(f"y must hold at least two classes, got {classes.tolist()}")
-    return X, y, classes
+    return classes
+
+
+def _check_weight(sample_weight, X):
+    """Weights, and which rows count: None where all do."""
+    from sklearn.utils.validation import _check_sample_weight
+
+    if sample_weight is None:
+        return None, None
+    weight = _check_sample_weight(sample_weight, X, ensure_non_negative=True)
+    counts = weight > 0
+    return weight, None if counts.all() else counts
 
 
 def _take(X, rows):

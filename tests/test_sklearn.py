@@ -2,6 +2,8 @@
 
 import pickle
 import warnings
+from functools import partial
+from typing import ClassVar
 
 import joblib
 import numpy as np
@@ -16,32 +18,38 @@ from sklearn.dummy import DummyClassifier
 from sklearn.ensemble import RandomForestClassifier, StackingClassifier, VotingClassifier
 from sklearn.frozen import FrozenEstimator
 from sklearn.linear_model import LinearRegression, LogisticRegression
-from sklearn.model_selection import GridSearchCV, cross_val_score, train_test_split
+from sklearn.model_selection import GridSearchCV, KFold, PredefinedSplit, cross_val_score, train_test_split
+from sklearn.naive_bayes import GaussianNB
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import Pipeline, make_pipeline
-from sklearn.preprocessing import StandardScaler
+from sklearn.preprocessing import FunctionTransformer, StandardScaler
 from sklearn.svm import SVC
-from sklearn.utils.estimator_checks import parametrize_with_checks
+from sklearn.utils._testing import assert_allclose_dense_sparse
+from sklearn.utils.estimator_checks import check_sample_weight_equivalence_on_dense_data, parametrize_with_checks
 from torch import nn
 
 import pydistill
 from pydistill.sklearn import DistilledClassifier
 from pydistill.teachers import soft_targets, teacher_outputs
 
-EXPECTED_FAILURES = {
-    "check_sample_weight_equivalence_on_dense_data": (
-        "batches are drawn by rows, so that a row of weight 2 and the same row twice differ by their batches; and the "
-        "teacher is fitted without weights"
-    )
-}
+
+def make_double(n_features, n_classes):
+    return nn.Sequential(nn.Linear(n_features, 8), nn.ReLU(), nn.Linear(8, n_classes)).double()
 
 
 @parametrize_with_checks(
     # 3 folds: some of the checks have classes of 3 rows
-    [DistilledClassifier(LogisticRegression(), hidden_layer_sizes=(8,), epochs=20, cv=3)],
-    expected_failed_checks=lambda estimator: EXPECTED_FAILURES,
+    [
+        DistilledClassifier(LogisticRegression(), hidden_layer_sizes=(8,), epochs=20, cv=3),
+        DistilledClassifier(LogisticRegression(), student=make_double, epochs=20, cv=3),
+    ]
 )
-def test_scikit_learns_checks(estimator, check):
+def test_scikit_learns_checks(estimator, check, monkeypatch):
+    """All of them, with nothing expected to fail."""
+    if check.func is check_sample_weight_equivalence_on_dense_data and estimator.student is None:
+        # Its bound of 1e-7 is below float32's precision; scikit-learn itself allows 1e-4 where it compares float32.
+        of_float32 = partial(assert_allclose_dense_sparse, rtol=1e-5, atol=1e-6)
+        monkeypatch.setattr("sklearn.utils.estimator_checks.assert_allclose_dense_sparse", of_float32)
     check(estimator)
 
 
@@ -119,7 +127,7 @@ class TestTeachersAndStudents:
         teacher, student = model.teacher_.score(X_test, y_test), model.score(X_test, y_test)
         assert teacher > 0.85
         assert student > 0.97 * teacher
-        assert 0.95 < model.agreement_ <= 1
+        assert 0.92 < model.agreement_ <= 1
         assert sum(p.numel() for p in model.student_.parameters()) == 64 * 32 + 32 + 32 * 10 + 10
         assert not model.student_.training
 
@@ -165,7 +173,10 @@ class TestTeachersAndStudents:
     def test_agreement_compression_and_history(self, wine):
         X, y = wine
         model = quick(RandomForestClassifier(20, random_state=0), epochs=7).fit(X, y)
-        assert model.agreement_ == np.mean(model.predict(X) == model.teacher_.predict(X))
+        targets = soft_targets(model.teacher_, X, y, cv=3)
+        assert model.agreement_ == np.mean(model.predict(X) == targets.logits.argmax(-1).numpy())
+        # The teacher itself has memorised these rows, and knows more about their labels than it taught.
+        assert model.agreement_ != np.mean(model.predict(X) == model.teacher_.predict(X))
         assert [record.epoch for record in model.history_] == list(range(1, 8))
         assert model.history_[-1].train.loss < model.history_[0].train.loss
         assert model.compression_ == len(pickle.dumps(model.teacher_)) / (4 * (13 * 32 + 32 + 32 * 3 + 3))
@@ -218,7 +229,7 @@ class TestWhatTheStudentIsGiven:
         weight = np.where(wrong, 0.0, 2.0)
         options = {"alpha": 0.0, "epochs": 60, "hidden_layer_sizes": (64,)}
         weighted = quick(**options).fit(X, spoiled, sample_weight=weight)
-        assert given[0][1][3].tolist() == weight.tolist()
+        assert given[0][1][3].tolist() == weight[~wrong].tolist()
         assert weighted.score(X, y) > 0.97
         assert quick(**options).fit(X, spoiled).score(X, y) < 0.9
         assert weighted.score(X, spoiled, sample_weight=weight) > 0.97
@@ -252,6 +263,185 @@ class TestWhatTheStudentIsGiven:
         assert quick(stack, epochs=20).fit(*wine).score(*wine) > 0.95
 
 
+class Witness(ClassifierMixin, BaseEstimator):
+    """A classifier whose ``fit`` notes the weights that come with the rows: column 0 says what they should be."""
+
+    met: ClassVar = []
+
+    def fit(self, X, y, sample_weight=None):
+        Witness.met.append(None if sample_weight is None else np.array_equal(sample_weight, np.asarray(X)[:, 0]))
+        self.model_ = LogisticRegression(max_iter=1000).fit(X, y, sample_weight)
+        self.classes_ = self.model_.classes_
+        return self
+
+    def predict(self, X):
+        return self.model_.predict(X)
+
+    def predict_proba(self, X):
+        return self.model_.predict_proba(X)
+
+
+class TestSampleWeight:
+    @pytest.fixture
+    def weighted(self, wine):
+        """Wine with the weights 1, 2, 3, 4 in front; and the weights."""
+        X, y = wine
+        weight = 1.0 + np.arange(len(y)) % 4
+        return np.column_stack([weight, X]), y, weight
+
+    @pytest.mark.parametrize(
+        "wrap",
+        [
+            lambda x: x,
+            lambda x: make_pipeline(FunctionTransformer(), x),
+            lambda x: make_pipeline(FunctionTransformer(), make_pipeline("passthrough", x)),
+            lambda x: GridSearchCV(x, {}, cv=2),
+            lambda x: GridSearchCV(make_pipeline(FunctionTransformer(), x), {}, cv=2),
+            lambda x: make_pipeline(FunctionTransformer(), GridSearchCV(x, {}, cv=2)),
+            lambda x: CalibratedClassifierCV(x, cv=2),
+            lambda x: VotingClassifier([("a", x), ("b", LogisticRegression()), ("c", "drop")], voting="soft"),
+            lambda x: StackingClassifier([("a", x)], cv=2),
+        ],
+        ids=[
+            "alone",
+            "pipeline",
+            "nested",
+            "search",
+            "search of pipeline",
+            "pipeline of search",
+            "calibrated",
+            "vote",
+            "stack",
+        ],
+    )
+    def test_weights_reach_the_teacher_row_by_row(self, wrap, weighted):
+        X, y, weight = weighted
+        Witness.met = []
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            quick(wrap(Witness()), epochs=1).fit(X, y, sample_weight=weight)
+        assert len(Witness.met) >= 4  # three folds and all rows
+        assert all(Witness.met), Witness.met
+
+    def test_weights_reach_the_steps_before_the_classifier(self, weighted):
+        X, y, weight = weighted
+        pipeline = make_pipeline(StandardScaler(), GaussianNB())
+        model = quick(pipeline, epochs=1).fit(X, y, sample_weight=weight)
+        repeated = clone(pipeline).fit(X.repeat(weight.astype(int), 0), y.repeat(weight.astype(int)))
+        np.testing.assert_allclose(model.teacher_[0].mean_, repeated[0].mean_)
+        np.testing.assert_allclose(model.teacher_.predict_proba(X), repeated.predict_proba(X), rtol=1e-4)
+
+    def test_weights_reach_xgboost_on_codes(self, weighted):
+        X, y, weight = weighted
+        names = np.array(["red", "white", "amber"])[y]
+        models = [quick(xgboost_teacher(), epochs=1).fit(X, names, sample_weight=w) for w in (None, weight)]
+        codes = np.unique(names, return_inverse=True)[1]
+        want = xgboost_teacher().fit(X, codes, sample_weight=weight).predict_proba(X)
+        np.testing.assert_allclose(models[1].teacher_.predict_proba(X), want, rtol=1e-5)
+        assert not np.allclose(models[0].teacher_.predict_proba(X), want, rtol=1e-3)
+
+    def test_under_metadata_routing_requests_decide(self, weighted):
+        X, y, weight = weighted
+        with config_context(enable_metadata_routing=True), warnings.catch_warnings():
+            warnings.simplefilter("error")
+            asked = make_pipeline(FunctionTransformer(), Witness().set_fit_request(sample_weight=True))
+            Witness.met = []
+            quick(asked, epochs=1).fit(X, y, sample_weight=weight)
+            assert Witness.met == [True] * 4
+            with pytest.raises(UserWarning, match=r"sample_weight cannot reach teacher: Pipeline\.fit takes none"):
+                quick(make_pipeline(Witness()), epochs=1).fit(X, y, sample_weight=weight)
+
+    def test_a_teacher_that_takes_no_weights_is_named_in_a_warning(self, weighted, given):
+        X, y, weight = weighted
+        weight = np.where(np.arange(len(y)) % 5 == 0, 0, weight)
+        for teacher in (KNeighborsClassifier(), make_pipeline(StandardScaler(), KNeighborsClassifier())):
+            name = type(teacher).__name__
+            with pytest.warns(UserWarning, match=rf"cannot reach teacher: {name}\.fit.* counts once") as met:
+                model = quick(teacher, epochs=1).fit(X, y, sample_weight=weight)
+            assert [x.filename for x in met] == [__file__]
+            want = clone(teacher).fit(X[weight > 0], y[weight > 0]).predict_proba(X)
+            np.testing.assert_array_equal(model.teacher_.predict_proba(X), want)
+            assert given[-1][1][3].tolist() == weight[weight > 0].tolist()
+        with warnings.catch_warnings():  # nothing is lost where all rows that count weigh the same
+            warnings.simplefilter("error")
+            quick(KNeighborsClassifier(), epochs=1).fit(X, y, sample_weight=2.0 * (weight > 0))
+
+    @pytest.mark.parametrize("teacher", [LogisticRegression(), KNeighborsClassifier(), RandomForestClassifier(5)])
+    @pytest.mark.parametrize("form", ["array", "list", "frame"])
+    def test_rows_of_weight_zero_do_not_exist(self, wine, teacher, form):
+        """Whatever they hold: another class, NaN. The model is the same to the bit."""
+        X, y = wine
+        rows = np.sort(np.random.RandomState(0).permutation(len(y))[:150])
+        want = quick(teacher).fit(X[rows], y[rows], sample_weight=np.ones(150))
+        more, labels, weight = np.full((200, 13), np.nan), np.full(200, 7), np.zeros(200)
+        places = np.sort(np.random.RandomState(1).permutation(200)[:150])
+        more[places], labels[places], weight[places] = X[rows], y[rows], 1.0
+        if form == "list":
+            more, labels, weight = more.tolist(), labels.tolist(), weight.tolist()
+        elif form == "frame":
+            pandas = pytest.importorskip("pandas", reason="pandas is not installed")
+            more = pandas.DataFrame(more, columns=[f"x{i}" for i in range(13)], index=np.arange(200) + 5)
+            labels, weight = pandas.Series(labels, index=more.index), pandas.Series(weight, index=more.index)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            got = quick(teacher).fit(more, labels, sample_weight=weight)
+        assert got.classes_.tolist() == [0, 1, 2]
+        assert torch.equal(weights(got), weights(want))
+        assert got.agreement_ == want.agreement_
+        assert got.history_[-1].train == want.history_[-1].train
+
+    @pytest.mark.parametrize("splitter", ["indices", "PredefinedSplit", "KFold"])
+    def test_folds_are_made_of_the_rows_that_count(self, wine, given, splitter):
+        X, y = wine
+        weight = (np.arange(len(y)) % 5 != 0).astype(float)
+        counts = weight > 0
+        fold = np.random.RandomState(0).randint(3, size=len(y))
+        pairs = [(np.flatnonzero(fold != k), np.flatnonzero(fold == k)) for k in range(3)]
+        of_rows = PredefinedSplit(fold[counts])
+        cv, alone = {
+            "indices": (pairs, of_rows),
+            "PredefinedSplit": (PredefinedSplit(fold), of_rows),
+            "KFold": (KFold(3, shuffle=True, random_state=5), KFold(3, shuffle=True, random_state=5)),
+        }[splitter]
+        quick(cv=cv).fit(X, y, sample_weight=weight)
+        quick(cv=alone).fit(X[counts], y[counts])
+        assert torch.equal(given[0][1][1].logits, given[1][1][1].logits)
+
+    def test_batch_norm_counts_the_rows_that_count(self, wine):
+        X, y = wine
+        model = quick(student=make_normalised, batch_size=60, epochs=1)
+        model.fit(X[:-1], y[:-1])
+        with pytest.raises(ValueError, match="121 rows in batches of 60"):
+            model.fit(X, y, sample_weight=np.arange(178) >= 57)
+        one_batch_of_one = np.ones(178)
+        model.set_params(batch_size=59)
+        with pytest.raises(ValueError, match="178 rows in batches of 59"):
+            model.fit(X, y, sample_weight=one_batch_of_one)
+        one_batch_of_one[5] = 0
+        model.fit(X, y, sample_weight=one_batch_of_one)
+
+    def test_float32_does_not_turn_weights_into_zero_or_infinity(self, wine):
+        X, y = wine
+        for value, shown in ((1e-50, "1e-50"), (1e50, r"1e\+50")):
+            with pytest.raises(ValueError, match=rf"sample_weight must be 0 or from 1e-38 to 3e\+38.*got {shown};"):
+                quick().fit(X, y, sample_weight=np.full(178, value))
+        quick(GaussianNB(), student=make_wide, epochs=1).fit(X, y, sample_weight=np.full(178, 1e-50))
+
+    def test_a_student_in_float64_learns_and_predicts_in_float64(self, wine, given):
+        X, y = wine
+        more = X[:20] + 0.1
+        model = quick(student=make_wide, epochs=20).fit(X, y, sample_weight=np.full(178, 0.3), X_unlabeled=more)
+        inputs, _, _, weight = given[0][1]
+        assert torch.equal(inputs, torch.from_numpy(np.concatenate([X, more])))
+        assert weight.tolist() == [0.3] * 178 + [1.0] * 20
+        assert model.predict_proba(X).dtype == np.float64
+        assert model.score(X, y) > 0.95
+
+
+def make_wide(n_features, n_classes):
+    return nn.Linear(n_features, n_classes, dtype=torch.float64)
+
+
 class TestPrefit:
     def test_frozen_teacher_is_used_as_it_is(self, wine, given):
         X, y = wine
@@ -260,7 +450,9 @@ class TestPrefit:
         model = quick(FrozenEstimator(forest)).fit(X[1::2], y[1::2])
         assert model.teacher_ is forest
         np.testing.assert_array_equal(forest.predict_proba(X), probs)
-        assert torch.equal(given[0][1][1].logits, teacher_outputs(forest, X[1::2]).logits)
+        targets = teacher_outputs(forest, X[1::2]).logits
+        assert torch.equal(given[0][1][1].logits, targets)
+        assert model.agreement_ == (model.predict(X[1::2]) == targets.argmax(-1).numpy()).mean()
 
     def test_other_classes_are_refused(self, wine):
         X, y = wine

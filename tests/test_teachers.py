@@ -22,12 +22,21 @@ from sklearn.ensemble import (
 from sklearn.exceptions import NotFittedError
 from sklearn.frozen import FrozenEstimator
 from sklearn.linear_model import LinearRegression, LogisticRegression, LogisticRegressionCV, RidgeClassifier
-from sklearn.model_selection import GridSearchCV, GroupKFold, KFold, ShuffleSplit, StratifiedKFold, cross_val_predict
+from sklearn.model_selection import (
+    GridSearchCV,
+    GroupKFold,
+    KFold,
+    PredefinedSplit,
+    ShuffleSplit,
+    StratifiedKFold,
+    cross_val_predict,
+)
 from sklearn.naive_bayes import GaussianNB
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.svm import SVC, LinearSVC
+from sklearn.tree import DecisionTreeClassifier
 from torch import nn
 
 import pydistill
@@ -165,6 +174,74 @@ class TestOutOfFold:
         history = trainer.fit((inputs, targets, torch.tensor(y)), epochs=20)
         assert history[-1].train.accuracy > 0.95
         assert history[-1].train.agreement > 0.95
+
+
+class TestSampleWeight:
+    """Weights of 0, 1, 2, ... are that many copies of the row, in its fold."""
+
+    @pytest.mark.parametrize(
+        "estimator",
+        [
+            LogisticRegression(solver="newton-cholesky", tol=1e-10),
+            DecisionTreeClassifier(max_depth=3, random_state=0),
+            make_pipeline(StandardScaler(), LogisticRegression(solver="newton-cholesky", tol=1e-10)),
+        ],
+        ids=["logistic regression", "tree", "pipeline"],
+    )
+    def test_integers_are_repeated_rows(self, estimator, wine):
+        X, y = wine
+        weight = np.random.RandomState(0).randint(4, size=len(y))
+        fold = np.arange(len(y)) % 3
+        copies = np.arange(len(y)).repeat(weight)
+        got = soft_targets(estimator, X, y, cv=PredefinedSplit(fold), sample_weight=weight).logits
+        want = soft_targets(estimator, X[copies], y[copies], cv=PredefinedSplit(fold[copies])).logits
+        torch.testing.assert_close(got[copies], want, rtol=1e-4, atol=1e-4)
+        plain = soft_targets(estimator, X, y, cv=PredefinedSplit(fold)).logits
+        assert not torch.allclose(plain[copies].softmax(-1), want.softmax(-1), rtol=0, atol=1e-2)
+        assert got.shape == (len(y), 3)
+        assert (got[weight == 0] == got[weight == 0][:, :1]).all()  # uniform
+
+    def test_a_label_of_weight_zero_is_no_class(self, wine):
+        X, y = wine
+        hole, labels, weight = X.copy(), y.astype(float), np.ones(len(y))
+        hole[::9], labels[::9], weight[::9] = np.nan, np.nan, 0
+        got = soft_targets(LogisticRegression(), hole, labels, sample_weight=weight)
+        want = soft_targets(LogisticRegression(), X[weight > 0], y[weight > 0])
+        assert torch.equal(got.logits[torch.from_numpy(weight) > 0], want.logits)
+
+    def test_out_of_bag(self, wine):
+        X, y = wine
+        weight = np.arange(len(y)) % 4
+        forest = RandomForestClassifier(60, oob_score=True, random_state=0)
+        got = soft_targets(forest, X, y, sample_weight=weight).logits.exp()[weight > 0]
+        fitted = clone(forest).fit(X[weight > 0], y[weight > 0], sample_weight=weight[weight > 0])
+        np.testing.assert_allclose(got, fitted.oob_decision_function_, rtol=1e-5, atol=1e-7)
+
+    def test_an_estimator_without_weights_warns(self, wine):
+        X, y = wine
+        weight = 1.0 + np.arange(len(y)) % 2
+        with pytest.warns(UserWarning, match="cannot reach estimator: KNeighborsClassifier") as met:
+            got = soft_targets(KNeighborsClassifier(), X, y, sample_weight=weight)
+        assert met[0].filename == __file__
+        assert torch.equal(got.logits, soft_targets(KNeighborsClassifier(), X, y).logits)
+
+    def test_errors(self, wine):
+        X, y = wine
+        some = np.ones(len(y))
+        some[0] = 0
+        for weight, message in (
+            (np.ones(9), r"sample_weight.shape == \(9,\), expected \(178,\)"),
+            (-some, "[Nn]egative"),
+            (0 * some, "at least one non-zero"),
+            (some * np.nan, "sample_weight contains NaN"),
+        ):
+            with pytest.raises(ValueError, match=message):
+                soft_targets(LogisticRegression(), X, y, sample_weight=weight)
+        for cv in ([([1, 2], [3, 178])], [([1, 2], [0.5])], [([1, 2], np.ones(178, bool))]):
+            with pytest.raises(ValueError, match="cv must hold numbers of rows, from 0 to 177, got"):
+                soft_targets(LogisticRegression(), X, y, cv=cv, sample_weight=some)
+        with pytest.raises(ValueError, match="cv must hold out each of the 177 rows once; it holds out 2"):
+            soft_targets(LogisticRegression(), X, y, cv=[([5, 6], [0, 1, 2])], sample_weight=some)
 
 
 class TestColumns:

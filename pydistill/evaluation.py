@@ -3,6 +3,7 @@
 import pickle
 import statistics
 import time
+import warnings
 from contextlib import ExitStack
 from typing import NamedTuple
 
@@ -12,8 +13,9 @@ from torch import Tensor, nn
 
 from pydistill.comparison import Bin, ClassScores, ModelScores, Report
 from pydistill.data import describe
-from pydistill.estimators import few
+from pydistill.estimators import few, is_a
 from pydistill.modules import count_parameters, float_dtype, mode
+from pydistill.training_checks import about
 
 _BINS = 15
 _CHUNK = 1024  # rows per call when everything is predicted
@@ -28,7 +30,8 @@ def report(student, teacher, X, y, *, batch_sizes=(1, 256)) -> Report:
         ECE = sum_b n_b / N * abs(accuracy_b - confidence_b)
 
     Times are medians of repeated calls after a warm-up, on torch's number of threads, for the first rows of X (repeated
-    where X has fewer). They include what the model does on the way from X to its outputs, not the conversion of X.
+    where X has fewer). They include what the model does on the way from X to its outputs, steps of a Pipeline too, not
+    the conversion of X.
 
     Args:
         student: a module that maps rows to logits ``(rows, C)``, run in eval mode under ``torch.inference_mode()``;
@@ -36,6 +39,10 @@ def report(student, teacher, X, y, *, batch_sizes=(1, 256)) -> Report:
             DistilledClassifier or a skorch net, and of a Pipeline or search that ends in one, parameters and bytes are
             those of the network.
         teacher: a module, a fitted classifier with ``predict_proba`` or, failing that, ``decision_function``; or None.
+            It gets X as it is, with one exception: if the student is a Pipeline, or a search over one, that ends in a
+            DistilledClassifier, and this is that classifier's ``teacher_`` or a copy of it, it gets what the steps
+            before the classifier make of X, as it did in ``fit``. Put any other teacher of such rows behind the steps:
+            ``make_pipeline(*student[:-1], teacher)``.
         X: ``(N, ...)``, tensor, array or DataFrame. Modules get a tensor, floating-point ones in their own dtype;
             classifiers an array, a row of more than one dimension flattened; not for a skorch net, which takes images
             as they are. Nothing is moved between devices.
@@ -44,7 +51,8 @@ def report(student, teacher, X, y, *, batch_sizes=(1, 256)) -> Report:
         batch_sizes: the numbers of rows to time.
 
     Returns:
-        Report: a table by ``str``, JSON by ``to_json``, a PNG by ``plot``.
+        Report: a table by ``str``, JSON by ``to_json``, a PNG by ``plot``. A teacher that is right no more often than a
+        constant answer is warned of: it may have got rows in another form than it was fitted on.
 
     Raises:
         ValueError: X and y of different lengths or without rows; NaN or infinity in X; a label that is not among the
@@ -66,22 +74,21 @@ def report(student, teacher, X, y, *, batch_sizes=(1, 256)) -> Report:
         student   teacher
         model                     Linear    RandomForestClassifier
 
-        A DistilledClassifier ``p[-1]`` at the end of a Pipeline is set beside its own teacher on what the steps before
-        them make of X:
+        A Pipeline is set beside the teacher of the DistilledClassifier at its end:
 
         >>> from sklearn.pipeline import make_pipeline
         >>> from sklearn.preprocessing import StandardScaler
         >>> from pydistill.sklearn import DistilledClassifier
         >>> p = make_pipeline(StandardScaler(), DistilledClassifier(forest, random_state=0)).fit(X[::2], y[::2])
-        >>> result = report(p[-1], p[-1].teacher_, p[:-1].transform(X[1::2]), y[1::2])
-        >>> result.student.parameters, result.student.accuracy > 0.9
-        (259, True)
+        >>> result = report(p, p[-1].teacher_, X[1::2], y[1::2])
+        >>> result.student.parameters, result.student.accuracy > 0.9, result.teacher.accuracy > 0.9
+        (259, True, True)
     """
     X, y = _check_rows(X, y)
     sizes = _check_sizes(batch_sizes)
     subjects = {"student": _subject("student", student, X)}
     if teacher is not None:
-        subjects["teacher"] = _subject("teacher", teacher, X)
+        subjects["teacher"] = _behind_steps(student, teacher, X) or _subject("teacher", teacher, X)
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode())
         for subject in subjects.values():
@@ -96,6 +103,8 @@ def report(student, teacher, X, y, *, batch_sizes=(1, 256)) -> Report:
             found[role] = _score(subject, outputs[role], labels, sizes)
         predicted = {role: scores.argmax(-1) for role, scores in outputs.items()}
     ours, theirs = found["student"], found.get("teacher")
+    if theirs:
+        _warn_of_a_poor_teacher(student, theirs, labels)
     return Report(
         rows=len(y),
         threads=torch.get_num_threads(),
@@ -128,6 +137,59 @@ def _subject(role, model, X) -> _Subject:
     raise TypeError(f"{role} must be a torch.nn.Module or have predict_proba, got {describe(model)}")
 
 
+def _behind_steps(student, teacher, X) -> _Subject | None:
+    """The student's own teacher, which learned from what the steps before the student make of X; None for another."""
+    steps, inner = _unwrapped(student)
+    own = getattr(inner, "teacher_", None)
+    if not steps or own is None:
+        return None
+
+    def transformed(rows):
+        for step in steps:
+            rows = step.transform(rows)
+        return rows
+
+    rows = _for_classifier(X, student)
+    with about("student"):
+        some = transformed(_take(rows, slice(_CHUNK)))
+    subject = _subject("teacher", teacher, some)
+    if not _is_same_model(teacher, own, subject.rows):
+        return None
+    in_its_form = _for_module if isinstance(teacher, nn.Module) else _for_classifier
+    return subject._replace(rows=rows, call=lambda x: subject.call(in_its_form(transformed(x), teacher)))
+
+
+def _is_same_model(model, own, rows) -> bool:
+    """Whether it is this very model, or a copy: of an estimator, pickled or not, one that says the same of all rows."""
+    model = model.estimator if is_a(model, "sklearn", "FrozenEstimator") else model
+    if model is own:
+        return True
+    if type(model) is not type(own):
+        return False
+    if isinstance(model, nn.Module):
+        theirs, ours = model.state_dict(), own.state_dict()
+        return theirs.keys() == ours.keys() and all(torch.equal(theirs[name], ours[name]) for name in ours)
+    method = "predict_proba" if hasattr(own, "predict_proba") else "decision_function"
+    try:
+        return np.array_equal(getattr(model, method)(rows), getattr(own, method)(rows))
+    except (AttributeError, ValueError):  # one of other features, or that was never fitted
+        return False
+
+
+def _warn_of_a_poor_teacher(student, scores, labels):
+    right, constant = scores.accuracy, float(labels.bincount().max()) / len(labels)
+    if right > constant or right == 1:
+        return
+    hint = ". A teacher of what the student's steps make of X is given as make_pipeline(*student[:-1], teacher)"
+    warnings.warn(
+        f"teacher is right for {right:.3f} of the rows, always answering the most frequent class for {constant:.3f}: X "
+        "may not have the form (scale, order of columns) of the rows that it was fitted on"
+        + (hint if _unwrapped(student)[0] else ""),
+        UserWarning,
+        stacklevel=3,
+    )
+
+
 def _for_module(X, module) -> Tensor:
     rows = X.detach() if isinstance(X, Tensor) else torch.tensor(np.asarray(X))
     dtype = float_dtype(module, rows.dtype)
@@ -140,7 +202,7 @@ def _for_classifier(X, model):
     if isinstance(X, Tensor):
         X = X.detach()
         X = (X.float() if X.dtype is torch.bfloat16 else X).numpy()  # numpy has no bfloat16
-    takes_images = isinstance(getattr(_innermost(model), "module_", None), nn.Module)
+    takes_images = isinstance(getattr(_unwrapped(model)[1], "module_", None), nn.Module)
     return X if takes_images else X.reshape(len(X), -1)
 
 
@@ -149,7 +211,8 @@ def _outputs(subject) -> Tensor:
     parts = []
     for start in range(0, len(subject.rows), _CHUNK):
         rows = _take(subject.rows, slice(start, start + _CHUNK))
-        part = subject.call(rows)
+        with about(subject.role):
+            part = subject.call(rows)
         part = part if isinstance(part, Tensor | list) else torch.from_numpy(np.array(part))
         if isinstance(part, Tensor) and part.dim() == 1 and subject.kind == "scores":  # of two classes
             part = torch.stack([torch.zeros_like(part), part], -1)
@@ -250,18 +313,26 @@ def _median_seconds(subject, size) -> float:
 
 def _network(model) -> nn.Module | None:
     """The module itself, or that of a DistilledClassifier or of a skorch net."""
-    model = _innermost(model)
+    model = _unwrapped(model)[1]
     candidates = model, getattr(model, "student_", None), getattr(model, "module_", None)
     return next((x for x in candidates if isinstance(x, nn.Module)), None)
 
 
-def _innermost(model):
-    """The last step of a Pipeline, the best of a search: told by their attributes, since scikit-learn is an extra."""
+def _unwrapped(model):
+    """``(steps, model)``: what Pipelines do before their last step, and that step; a search stands for its best.
+
+    Told by their attributes, since scikit-learn is an extra.
+    """
     if isinstance(model, nn.Module):
-        return model
+        return [], model
     if hasattr(model, "best_estimator_"):
-        return _innermost(model.best_estimator_)
-    return _innermost(model.steps[-1][1]) if hasattr(model, "steps") else model
+        return _unwrapped(model.best_estimator_)
+    if is_a(model, "sklearn", "FrozenEstimator"):
+        return _unwrapped(model.estimator)
+    if not hasattr(model, "steps"):
+        return [], model
+    steps, inner = _unwrapped(model.steps[-1][1])
+    return ([model[:-1], *steps] if len(model.steps) > 1 else steps), inner
 
 
 def _tensor_bytes(module) -> int:

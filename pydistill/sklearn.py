@@ -2,6 +2,7 @@
 
 import inspect
 import pickle
+import warnings
 from copy import copy, deepcopy
 from numbers import Integral
 
@@ -58,7 +59,8 @@ class DistilledClassifier(ClassifierMixin, BaseEstimator):
     Args:
         teacher: any classifier with ``predict_proba``; clones of it are fitted. Two kinds are used as they are, for all
             rows, and should not have been fitted on those of ``fit``: a ``FrozenEstimator`` around a whole fitted
-            classifier or Pipeline, and a torch module that maps float rows to logits, one per class in sorted order.
+            classifier or Pipeline, and a torch module that maps float rows to logits, one per class in sorted order;
+            with a warning if they are right no more often than a constant answer.
         hidden_layer_sizes: widths of the student's hidden layers, with ReLU between them; () is a linear student.
         student: another student than that: a function of ``(n_features, n_classes)`` that makes a torch module, or a
             module, which is copied with its weights. It maps ``(rows, n_features)`` to logits ``(rows, n_classes)``;
@@ -304,7 +306,7 @@ class DistilledClassifier(ClassifierMixin, BaseEstimator):
         if isinstance(self.teacher, nn.Module | FrozenEstimator):
             teacher = self.teacher if isinstance(self.teacher, nn.Module) else self.teacher.estimator
             targets = teacher_outputs(teacher, rows)
-            _check_prefit(teacher, targets, classes)
+            _check_prefit(teacher, targets, y, classes)
             return teacher, targets
         teacher = _seed(clone(self.teacher), rng)
         weight = usable_weight("teacher", teacher, weight, stacklevel=4)
@@ -388,7 +390,7 @@ def _rows_that_count(X, y, sample_weight):
     return _safe_indexing(X, rows), _safe_indexing(y, rows), weight[rows], counts
 
 
-def _check_prefit(teacher, targets, classes):
+def _check_prefit(teacher, targets, y, classes):
     if isinstance(teacher, nn.Module):
         if targets.shape[1:] != (len(classes),):
             raise ValueError(
@@ -397,6 +399,16 @@ def _check_prefit(teacher, targets, classes):
             )
     elif not np.array_equal(teacher.classes_, classes):
         raise other_classes("teacher", teacher.classes_, classes)
+    right = np.mean(classes[targets.logits.argmax(-1)] == y)
+    constant = np.unique(y, return_counts=True)[1].max() / len(y)
+    if right <= constant:
+        warnings.warn(
+            f"teacher is right for {right:.3f} of the rows, always answering the most frequent class for "
+            f"{constant:.3f}: X may not have the form (scale, order of columns) of the rows that it was fitted on, or its "
+            "outputs may not be in the order of the classes",
+            UserWarning,
+            stacklevel=5,
+        )
 
 
 def _count(name, value) -> int:

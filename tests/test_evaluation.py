@@ -3,8 +3,11 @@
 import errno
 import json
 import os
+import pickle
 import sys
 import time
+import warnings
+from copy import deepcopy
 
 import numpy as np
 import pytest
@@ -17,11 +20,12 @@ sklearn = pytest.importorskip("sklearn")
 
 from sklearn.datasets import load_breast_cancer, load_digits, load_wine  # noqa: E402
 from sklearn.ensemble import RandomForestClassifier  # noqa: E402
+from sklearn.frozen import FrozenEstimator  # noqa: E402
 from sklearn.linear_model import LogisticRegression  # noqa: E402
 from sklearn.metrics import accuracy_score, precision_recall_fscore_support  # noqa: E402
-from sklearn.model_selection import GridSearchCV  # noqa: E402
+from sklearn.model_selection import GridSearchCV, train_test_split  # noqa: E402
 from sklearn.pipeline import make_pipeline  # noqa: E402
-from sklearn.preprocessing import StandardScaler  # noqa: E402
+from sklearn.preprocessing import FunctionTransformer, StandardScaler  # noqa: E402
 from sklearn.svm import LinearSVC  # noqa: E402
 
 from pydistill.sklearn import DistilledClassifier  # noqa: E402
@@ -225,6 +229,64 @@ class TestClasses:
         assert found.student.accuracy == pytest.approx(whole.score(X_test, y_test))
         assert found.teacher.accuracy > 0.9
         assert found.compression == pytest.approx(student.compression_)
+
+    @pytest.mark.parametrize("kind", ["pipeline", "nested", "search", "frozen", "frame"])
+    @pytest.mark.parametrize("copied", [False, True])
+    def test_a_pipelines_own_teacher_gets_what_the_steps_make_of_the_rows(self, kind, copied):
+        X, X_test, y, y_test = train_test_split(*load_wine(return_X_y=True), random_state=0)
+        student = DistilledClassifier(RandomForestClassifier(20, random_state=0), epochs=20, cv=3, random_state=0)
+        whole = make_pipeline(StandardScaler(), student)
+        if kind == "nested":
+            whole = make_pipeline(FunctionTransformer(np.sqrt), "passthrough", whole)
+        if kind == "search":
+            whole = GridSearchCV(whole, {"distilledclassifier__alpha": [0.5]}, cv=2)
+        if kind == "frame":
+            pandas = pytest.importorskip("pandas", reason="pandas is not installed")
+            X, X_test = (pandas.DataFrame(x, columns=[f"x{i}" for i in range(13)]) for x in (X, X_test))
+            whole.set_output(transform="pandas")
+        whole.fit(X, y)
+        pipeline = whole.best_estimator_ if kind == "search" else whole
+        whole = FrozenEstimator(whole) if kind == "frozen" else whole
+        inner = pipeline[-1][-1] if kind == "nested" else pipeline[-1]
+        rows = pipeline[:-1].transform(X_test)
+        rows = pipeline[-1][:-1].transform(rows) if kind == "nested" else rows
+        want = inner.teacher_.score(rows, y_test)
+        assert want > 0.9
+        teacher = pickle.loads(pickle.dumps(inner.teacher_)) if copied else inner.teacher_
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            found = quick(whole, teacher, X_test, y_test)
+        assert found.teacher.accuracy == pytest.approx(want)
+        assert found.student.accuracy == pytest.approx(pipeline.score(X_test, y_test))
+        assert found.agreement == pytest.approx((inner.teacher_.predict(rows) == pipeline.predict(X_test)).mean())
+        assert found.teacher.name == "RandomForestClassifier"
+        assert found.teacher.bytes == len(pickle.dumps(teacher))
+
+    @pytest.mark.parametrize("copied", [False, True])
+    def test_a_pipelines_own_module_gets_what_the_steps_make_of_the_rows(self, copied):
+        X, y = load_wine(return_X_y=True)
+        scaled = StandardScaler().fit_transform(X)
+        teacher, _ = linear_student(scaled, y)
+        whole = make_pipeline(StandardScaler(), DistilledClassifier(teacher, epochs=5, random_state=0)).fit(X, y)
+        assert quick(whole, deepcopy(teacher) if copied else teacher, X, y).teacher.accuracy > 0.95
+
+    def test_other_teachers_get_the_rows_as_they_are(self):
+        X, y = load_wine(return_X_y=True)
+        forest = RandomForestClassifier(20, random_state=0)
+        whole = make_pipeline(StandardScaler(), DistilledClassifier(forest, epochs=5, random_state=0)).fit(X, y)
+        raw, scaled = (RandomForestClassifier(20, random_state=1).fit(x, y) for x in (X, whole[:-1].transform(X)))
+        assert quick(whole, raw, X, y).teacher.accuracy > 0.95
+        hint = r"make_pipeline\(\*student\[:-1\], teacher\)$"
+        with pytest.warns(UserWarning, match=rf"teacher is right for 0\.\d+ of .* for 0\.399: .*{hint}"):
+            assert quick(whole, scaled, X, y).teacher.accuracy < 0.4
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert quick(whole, make_pipeline(*whole[:-1], scaled), X, y).teacher.accuracy > 0.95
+        few_columns = RandomForestClassifier(5, random_state=0).fit(X[:, :5], y)
+        with pytest.raises(ValueError, match=r"^teacher: X has 13 features, but .*Forest.* is expecting 5 features"):
+            quick(whole, few_columns, X, y)
+        with pytest.raises(ValueError, match=r"^student: X has 5 features"):
+            quick(whole, few_columns, X[:, :5], y)
 
     def test_images_are_not_flattened_for_a_skorch_net(self, digits):
         skorch = pytest.importorskip("skorch")

@@ -2,6 +2,7 @@
 
 import pickle
 import warnings
+from copy import deepcopy
 from functools import partial
 from typing import ClassVar
 
@@ -466,6 +467,27 @@ class TestPrefit:
         on_codes = FrozenEstimator(xgboost_teacher().fit(X, y))
         with pytest.raises(ValueError, match=r"it was fitted on \[0, 1, 2\].*codes: pass them as y too, LabelEncoder"):
             quick(on_codes).fit(X, np.array(["a", "b", "c"])[y])
+
+    def test_a_teacher_of_rows_in_another_form_is_warned_of(self, wine):
+        X, y = wine
+        raw = load_wine(return_X_y=True)[0]
+        forest = RandomForestClassifier(10, random_state=0).fit(raw, y)
+        good = nn.Linear(13, 3)
+        fitted = LogisticRegression().fit(X, y)
+        with torch.no_grad():
+            good.weight.copy_(torch.tensor(fitted.coef_))
+            good.bias.copy_(torch.tensor(fitted.intercept_))
+        turned = nn.Sequential(deepcopy(good), nn.Linear(3, 3, bias=False))
+        with torch.no_grad():
+            turned[1].weight.copy_(torch.eye(3).roll(1, 0))
+        for teacher in (FrozenEstimator(forest), turned):
+            with pytest.warns(UserWarning, match=r"^teacher is right for 0\.\d+ of .* for 0\.399:") as met:
+                quick(teacher, epochs=1).fit(X, y)
+            assert met[0].filename == __file__
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            quick(good, epochs=1).fit(X, y)
+            quick(FrozenEstimator(forest), epochs=1, learning_rate=1e-6).fit(raw, y)
 
     def test_a_frozen_classifier_in_the_teacher_is_refused(self, wine):
         X, y = wine

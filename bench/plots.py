@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from bench.cases import Case, parse
-from bench.report import RIVALS, heading
+from bench.report import RIVALS, heading, threads
 
 
 def save(results: dict, folder: Path) -> list[Path]:
@@ -11,7 +11,7 @@ def save(results: dict, folder: Path) -> list[Path]:
     import matplotlib
 
     matplotlib.use("Agg")
-    shapes = [r for r in results["cases"] if _is_shape(parse(r["name"]))]
+    shapes = [r for r in results["cases"] if threads(r) == 1 and _is_shape(parse(r["name"]))]
     shapes.sort(key=lambda r: parse(r["name"]).elements)
     figures = {}
     if shapes:

@@ -1,5 +1,6 @@
 """Results as text: the table of a case, the README's table, where pydistill loses, and two runs compared."""
 
+from bench.cases import parse
 from bench.contestants import LEGEND
 from pydistill.formulas import DIVERGENCES
 
@@ -27,14 +28,20 @@ def heading(machine: dict) -> str:
     )
 
 
+def threads(result: dict) -> int:
+    """The threads of a case; files written before there was a field for them say it in the name alone."""
+    return result.get("threads") or parse(result["name"]).threads
+
+
 def legend() -> str:
     return "\n".join(f"  {name:20} {what}" for name, what in LEGEND.items())
 
 
 def table(result: dict) -> str:
     """One case: a line per contestant, how many times pydistill's time it takes, and what else was measured."""
+    count = threads(result)
     lines = [
-        f"\n{result['name']}  ({result['pairs']} pairs)",
+        f"\n{result['name']}  ({count} thread{'s' * (count > 1)}, {result['pairs']} pairs)",
         f"{'':22}{'ms':>10}{'/ pydistill':>13}{'quartiles':>17}{'/ in place':>12}{'N x C':>8}{'error':>10}",
     ]
     for name, c in result["contestants"].items():
@@ -118,22 +125,23 @@ def _heads(by_name):
 
 def compare(old: dict, new: dict) -> str:
     """The same cases in two runs. Ratios to the other contestants of the same run, since machines' speeds move."""
-    before = {result["name"]: result["contestants"] for result in old["cases"]}
+    before = {(result["name"], threads(result)): result["contestants"] for result in old["cases"]}
     lines = [
         "old: " + heading(old["machine"]).replace("\n", "\n     "),
         "new: " + heading(new["machine"]).replace("\n", "\n     "),
         f"\n{'case':40}{'contestant':22}{'old':>9}{'new':>9}{'change':>9}",
     ]
     for result in new["cases"]:
+        key = result["name"], threads(result)
         for name, c in result["contestants"].items():
-            if name == "pydistill" or name not in before.get(result["name"], {}):
+            if name == "pydistill" or name not in before.get(key, {}):
                 continue
-            was, low, high = before[result["name"]][name]["over pydistill"]
+            was, low, high = before[key][name]["over pydistill"]
             is_, new_low, new_high = c["over pydistill"]
             apart = new_low > high or new_high < low
             note = ("  pydistill is faster" if is_ > was else "  pydistill is slower") if apart else ""
             lines.append(f"{result['name']:40}{name:22}{was:9.2f}{is_:9.2f}{is_ / was - 1:+9.1%}{note}")
-    shared = before.keys() & {result["name"] for result in new["cases"]}
+    shared = before.keys() & {(result["name"], threads(result)) for result in new["cases"]}
     if not shared:
         raise ValueError("the two files have no case in common")
     lines.append(

@@ -55,8 +55,8 @@ def _cpu():
 def run_case(case: Case, progress, *, budget=BUDGET, pairs=None, isas=False) -> dict:
     """Validate every contestant of a case, then measure memory and paired times.
 
-    The result has the case's fields and, per contestant: median milliseconds; median and quartiles of its time over
-    pydistill's and over pydistill's in place; peak memory in N x C buffers; relative error against float64.
+    The result has the case's name and threads and, per contestant: median milliseconds; median and quartiles of its
+    time over pydistill's and over pydistill's in place; peak memory in N x C buffers; relative error against float64.
     """
     if case.huge_pages and os.environ.get("THP_MEM_ALLOC_ENABLE") != "1":
         return _in_own_process(case, pairs)
@@ -76,6 +76,7 @@ def run_case(case: Case, progress, *, budget=BUDGET, pairs=None, isas=False) -> 
     times = measure.paired_times(found, inputs, pairs, progress)
     return {
         "name": case.name,
+        "threads": case.threads,
         "pairs": pairs,
         "missing": missing,
         "contestants": {

@@ -404,8 +404,8 @@ def _check_prefit(teacher, targets, y, classes):
     if right <= constant:
         warnings.warn(
             f"teacher is right for {right:.3f} of the rows, always answering the most frequent class for "
-            f"{constant:.3f}: X may not have the form (scale, order of columns) of the rows that it was fitted on, or its "
-            "outputs may not be in the order of the classes",
+            f"{constant:.3f}: X may not have the form (scale, order of columns) of the rows that it was fitted on, or "
+            "its outputs may not be in the order of the classes",
             UserWarning,
             stacklevel=5,
         )

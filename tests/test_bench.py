@@ -84,6 +84,33 @@ def test_compare_tells_a_change_from_noise(results):
         report.compare(old, {"machine": old["machine"], "cases": []})
 
 
+def test_a_case_names_its_threads(results, monkeypatch):
+    assert [case["threads"] for case in json.loads((results / "results.json").read_text())["cases"]] == [1, 1]
+    monkeypatch.setattr(run, "contestants", lambda case: (contestants_of_two(case), {}))
+    count = torch.get_num_threads()
+    try:
+        result = run.run_case(cases.parse(f"{SMALL},threads=2"), lambda rounds: rounds, pairs=2)
+    finally:
+        torch.set_num_threads(count)
+    assert (result["name"], result["threads"]) == (f"{SMALL},threads=2", 2)
+    assert f"{SMALL},threads=2  (2 threads, 2 pairs)" in report.table(result)
+    assert f"{SMALL}  (1 thread, 2 pairs)" in report.table(result | {"name": SMALL, "threads": 1})
+    del result["threads"]  # as in a file written before there was the field
+    assert report.threads(result) == 2
+
+
+def contestants_of_two(case):
+    found, _ = contestants.contestants(case)
+    return {name: found[name] for name in ("pydistill", "pydistill in place")}
+
+
+def test_only_cases_of_the_same_threads_are_compared(results):
+    new = json.loads((results / "results.json").read_text())
+    old = {"machine": new["machine"], "cases": [case | {"threads": 2} for case in new["cases"]]}
+    with pytest.raises(ValueError, match="no case in common"):
+        report.compare(old, new)
+
+
 def test_a_wrong_contestant_is_not_timed(monkeypatch):
     def off_by_a_percent(case):
         found, missing = contestants.contestants(case)
@@ -165,6 +192,7 @@ def test_the_readme_shows_the_committed_results():
     readme = (ROOT / "README.md").read_text()
     results = json.loads((ROOT / "bench" / "results" / "results.json").read_text())
     assert report.markdown(results["cases"]) in readme
+    assert [case["threads"] for case in results["cases"]] == [cases.parse(x["name"]).threads for x in results["cases"]]
     assert report.heading(results["machine"]).replace("\n", " ") in " ".join(readme.split())
     for name in ("speedup", "limit", "memory", "scaling"):
         assert f"bench/results/{name}.png" in readme

@@ -38,6 +38,7 @@ def test_metrics_hold_options_versions_and_backend(figures):
         "options",
         "versions",
         "backend",
+        "claim",
         "models",
         "differences",
         "loss_cost",
@@ -108,6 +109,20 @@ def test_printed_table_and_files(finished, figures):
     assert "digits, 2 seeds, T = 2, alpha = 0.5, 3 epochs" in printed
     assert f"Written to {folder}: student.pt" in printed
     assert str(folder / "student.pt") in printed.splitlines()[-1]
+
+
+def test_the_first_line_says_what_is_saved_and_what_is_kept(finished, figures):
+    teacher, student = (figures["models"][name] for name in ("teacher", "distilled"))
+    smaller, faster, one_row = (
+        teacher[field]["mean"] / student[field]["mean"] for field in ("bytes", "seconds_test_set", "seconds_one_row")
+    )
+    kept = student["accuracy"]["mean"] / teacher["accuracy"]["mean"]
+    assert list(figures["claim"].values()) == pytest.approx([smaller, faster, one_row, kept])
+    first = finished[1].splitlines()[0]
+    assert first == (
+        f"Distilled student: {smaller:,.0f} times smaller and {faster:,.0f} times faster than its teacher "
+        f"(one row: {one_row:,.0f} times), with {100 * kept:.1f} % of its accuracy"
+    )
 
 
 def test_same_seed_same_figures(monkeypatch):

@@ -393,8 +393,8 @@ def test_errors_of_a_linear_teacher():
 MEMORY = """
 import ctypes, torch, pydistill
 from pathlib import Path
-torch.set_num_threads(1)
-rows, classes, width = {rows}, 30000, 64
+torch.set_num_threads({threads})
+rows, classes, width = {rows}, {classes}, 64
 hidden, weight = torch.randn(rows, width, requires_grad=True), torch.randn(classes, width, requires_grad=True)
 teacher = pydistill.LinearTeacher(torch.randn(rows, width), torch.randn(classes, width))
 labels = torch.randint(classes, (rows,))
@@ -417,12 +417,11 @@ print((status("VmHWM") - before - hidden.nbytes - weight.nbytes) / 2**20)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-@pytest.mark.parametrize("rows", [512, 2048])
-def test_memory_is_the_scratch_whatever_the_rows(rows, tmp_path):
-    """All logits of 2048 rows would be 234 MiB, twice."""
-    result = subprocess.run(
-        [sys.executable, "-c", MEMORY.format(rows=rows)], cwd=tmp_path, capture_output=True, text=True, timeout=120
-    )
+@pytest.mark.parametrize(("rows", "classes", "threads"), [(512, 30000, 1), (2048, 30000, 1), (256, 262144, 2)])
+def test_memory_is_the_scratch_whatever_the_rows(rows, classes, threads, tmp_path):
+    """All logits of 2048 rows would be 234 MiB, twice. With many classes the engine's rows, one a thread, count too."""
+    script = MEMORY.format(rows=rows, classes=classes, threads=threads)
+    result = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
     assert 20 < float(result.stdout) < 80
 

@@ -168,7 +168,9 @@ def run(student, teacher, batch, engine, chunk_rows, dtypes, wanted=(False,) * 3
     kept = None if bool(counts.all()) else counts.nonzero().squeeze(1)
     rows = len(counts) if kept is None else len(kept)
     want_gradient = True in wanted
-    size = _chunk_size(chunk_rows, rows, batch.student.shape[1], student, teacher, dtypes, want_gradient)
+    size = _chunk_size(
+        chunk_rows, rows, batch.student.shape[1], student, teacher, dtypes, want_gradient, engine.threads
+    )
     ours = _Products(student, dtypes[0], size, want_gradient)
     theirs = None if teacher is None else _Products(teacher, dtypes[1], size, False)
     # A float16 gradient that is divided by N underflows; it is divided after the products, which are wider.
@@ -196,16 +198,18 @@ def run(student, teacher, batch, engine, chunk_rows, dtypes, wanted=(False,) * 3
     return Pass(totals.outcome(items), tuple(_finished(gradients, student, unit)))
 
 
-def _chunk_size(chunk_rows, rows, classes, student, teacher, dtypes, want_gradient) -> int:
+def _chunk_size(chunk_rows, rows, classes, student, teacher, dtypes, want_gradient, threads) -> int:
     """Rows per chunk, all but the last alike: as given, or as many as the scratch holds."""
     if chunk_rows is None:
+        of_engine = threads * 3 * classes * max(4, dtypes[0].itemsize)  # each thread's rows of exponentials
+        scratch = SCRATCH_BYTES - min(of_engine, SCRATCH_BYTES // 4)
         wide = 0
         if student.softcap is not None:
             wide = (4 if dtypes[0] in _HALVES else 0) + (max(4, dtypes[0].itemsize) if want_gradient else 0)
         per_row = dtypes[0].itemsize + wide
         if teacher is not None:
             per_row += dtypes[1].itemsize + (4 if teacher.softcap is not None and dtypes[1] in _HALVES else 0)
-        chunk_rows = max(1, SCRATCH_BYTES // (classes * per_row))
+        chunk_rows = max(1, scratch // (classes * per_row))
     chunks = max(1, -(-rows // chunk_rows))
     return max(1, -(-rows // chunks))
 

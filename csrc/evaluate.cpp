@@ -42,17 +42,12 @@ class AlignedMemory {
   char* data_;
 };
 
-// A given denominator of 0 says that no row counts for the term anywhere.
-bool counts_somewhere(const RowBatch& batch, double items) {
-  return batch.reduction != Reduction::mean || items != 0;
-}
-
 // Which rows count, for what and how much. Fills `plans`; nothing of the caller's is written.
 Counts plan_rows(const RowBatch& batch, bool is_double, std::vector<RowPlan>& plans, Evaluation& result) {
   const LossOptions& options = batch.options;
-  const bool soft_counts = counts_somewhere(batch, batch.soft_items);
-  const bool hard_counts = counts_somewhere(batch, batch.hard_items);
-  const bool soft = soft_counts && options.alpha > 0, hard = hard_counts && options.alpha < 1;
+  const bool mean = batch.reduction == Reduction::mean, soft = batch.evaluates_soft(),
+             hard = batch.evaluates_hard();
+  const bool soft_counts = !(mean && batch.soft_items == 0), hard_counts = !(mean && batch.hard_items == 0);
   Counts counts;
   for (int64_t i = 0; i < batch.rows; ++i) {
     RowPlan& plan = plans[i];

@@ -23,7 +23,7 @@ constexpr double kLog2e = 1.4426950408889634;
 enum class Kind { none, shortcut, pointwise, mse, topk, dkd };
 
 inline Kind kind_of(const RowBatch& batch) {
-  if (batch.options.alpha == 0) return Kind::none;
+  if (!batch.evaluates_soft()) return Kind::none;
   if (batch.options.divergence == Divergence::mse) return Kind::mse;
   if (batch.options.divergence == Divergence::dkd) return Kind::dkd;
   if (batch.teacher_indices) return Kind::topk;
@@ -145,7 +145,7 @@ RowKernel<T>::RowKernel(const RowBatch& batch, bool past_cache, Arena& arena)
       class_weight_(static_cast<const T*>(batch.class_weight)),
       kind_(kind_of(batch)),
       soft_(kind_ != Kind::none),
-      hard_(batch.options.alpha < 1),
+      hard_(batch.evaluates_hard()),
       write_(batch.gradient.data != nullptr),
       in_place_(write_ && batch.gradient.data == batch.student.data),
       past_cache_(past_cache && !in_place_),
@@ -333,7 +333,7 @@ double RowKernel<T>::difference_pass(int64_t row, RowState& state) {
     const T top = block_maximum(t, n, state.max.teacher);
     if (top > state.max.teacher || begin == 0) state.max.teacher = top, state.teacher_block = begin;
   }
-  state.teacher_ordered = !std::isnan(total) && state.max.teacher > std::numeric_limits<T>::lowest();
+  state.teacher_ordered = !std::isnan(total);
   return total / double(batch_.classes);
 }
 
@@ -445,10 +445,11 @@ int64_t RowKernel<T>::argmax(const Matrix& m, int64_t row, int64_t begin, T max)
   const T* x = read(m, row, begin, n, student_block_);
   int i = 0;
   while (i + kLanes<T> <= n && !any_equal(load(x + i), set<T>(max))) i += kLanes<T>;
-  return begin + (std::find(x + i, x + n, max) - x);
+  const T* found = std::find(x + i, x + n, max);
+  return found == x + n ? batch_.classes : begin + (found - x);
 }
 
-// Ties go to the lowest class; a row with NaN has no maximum.
+// Ties go to the lowest class; a row with NaN, or of -inf only, has no maximum.
 template <class T>
 void RowKernel<T>::compare_argmax(int64_t row, const RowPlan& plan, const RowState& state, RowOutcome& outcome) {
   T student_max = state.max.student, teacher_max = state.max.teacher;
@@ -464,7 +465,7 @@ void RowKernel<T>::compare_argmax(int64_t row, const RowPlan& plan, const RowSta
     teacher_best = argmax(batch_.teacher, row, state.teacher_block, teacher_max);
   for (const Apart& a : apart_)
     if (a.teacher == teacher_max) teacher_best = std::min(teacher_best, a.index);
-  outcome.same_argmax = best == teacher_best;
+  outcome.same_argmax = best == teacher_best && best < batch_.classes;
 }
 
 template <class T>

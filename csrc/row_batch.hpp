@@ -60,6 +60,10 @@ struct RowBatch {
   const void* row_grad_output = nullptr;    // and this, per row, in the compute type
   Matrix gradient;                          // data is null where no gradient is wanted; dtype as the student
   bool want_argmax = false;
+
+  // Whether a term has a weight. A given denominator of 0 says that no row counts for it anywhere.
+  bool evaluates_soft() const { return options.alpha > 0 && !(reduction == Reduction::mean && soft_items == 0); }
+  bool evaluates_hard() const { return options.alpha < 1 && !(reduction == Reduction::mean && hard_items == 0); }
 };
 
 // What one row needs to know beside its logits; made once, before anything is written.

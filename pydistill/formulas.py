@@ -236,13 +236,13 @@ def loss_formula(batch):
     student = torch.where(with_a_term.unsqueeze(-1), batch.student.to(dtype), 0)
     zero = student.new_zeros(student.shape[:-1])
     soft = hard = zero
-    if batch.teacher is not None:
+    if batch.evaluates_soft:
         teacher = torch.where(soft_rows.unsqueeze(-1), batch.teacher.detach().to(dtype), 0)
         value = soft_value(student, teacher, labels, options, batch.teacher_indices, batch.log_partitions)
         no_gradient = value.isnan() | (value == math.inf) if options.divergence == "reverse_kl" else value.isnan()
         value = value + spoiled_gradient(student, no_gradient)
         soft = torch.where(soft_rows, weight * value, zero)
-    if batch.labels is not None:
+    if batch.labels is not None and options.hard_items != 0:
         ce = F.cross_entropy(  # flattened: from three dimensions on it takes the second one for the classes
             student.reshape(-1, student.shape[-1]),
             labels.reshape(-1),

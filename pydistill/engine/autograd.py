@@ -8,7 +8,7 @@ from torch import Tensor
 from pydistill.engine import backend
 from pydistill.engine.batch import Batch, Outcome
 from pydistill.engine.checks import check_dtensors, check_rows, in_forward_mode, in_functorch, is_batched
-from pydistill.formulas import counted_rows, denominators, loss_formula
+from pydistill.formulas import counted_rows, denominators, loss_formula, rows_with_a_term
 
 
 class _Call:
@@ -215,10 +215,12 @@ def _run_formula(batch, metrics):
     if batch.teacher is not None:
         theirs = _first_maximum(batch.teacher)
         if batch.teacher_indices is not None:
-            theirs = batch.teacher_indices.gather(-1, theirs.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+            of_all = batch.teacher_indices.gather(-1, theirs.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+            theirs = torch.where(theirs < 0, -1, of_all)
         agreement = _share((best == theirs) & (best >= 0), soft_rows, loss.dtype)
     if batch.labels is not None:
-        accuracy = _share(best == batch.labels, labelled_rows, loss.dtype)
+        with_a_term = rows_with_a_term(batch, soft_rows, labelled_rows)
+        accuracy = _share(best == batch.labels, labelled_rows & with_a_term, loss.dtype)
     return loss, Outcome(
         loss,
         soft if options.alpha > 0 else torch.full_like(soft, nan),

@@ -41,6 +41,16 @@ class Batch(NamedTuple):
     log_partitions: Tensor | None
     options: Options
 
+    @property
+    def evaluates_soft(self) -> bool:
+        """Whether the soft term has a weight; a given denominator of 0 says that no row counts for it anywhere."""
+        return self.teacher is not None and self.options.soft_items != 0
+
+    @property
+    def evaluates_hard(self) -> bool:
+        """Whether the hard term has a weight and a denominator."""
+        return self.options.alpha < 1 and self.options.hard_items != 0
+
 
 class Outcome(NamedTuple):
     """What a backend found out about a batch. Tensors ``(N,)`` under reduction="none", where else numbers stand.

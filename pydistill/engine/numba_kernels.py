@@ -301,7 +301,7 @@ def _mixture_of_scalars(x, of_p, of_q):
     def mixture(x, of_p, of_q):
         above = x.log_ratio > 0
         smaller = x.p if above else x.q
-        larger = x.q if above else x.p
+        larger = x.p if x.p > x.q else x.q  # not by the log-ratio: one of two nearly equal ones may have become 0
         of_larger = of_q if above else of_p
         ratio = smaller / larger
         m = ratio + of_larger * (one - ratio)
@@ -751,25 +751,23 @@ def _plan_rows(batch, grad_output):
     counted = (weight.sum(), hard_weight.sum())
     given = (options.soft_items, options.hard_items)
     items = tuple(np.float64(c if g is None else g) for c, g in zip(counted, given, strict=True))
-    # A row without a term that is evaluated has gradient 0, whatever it holds; a given denominator of 0 says that no
-    # row counts for the term anywhere.
-    if options.hard_items == 0:
-        label[:] = -1
-    if options.alpha == 0 or options.soft_items == 0:
-        weight[label < 0 if options.alpha < 1 else slice(None)] = 0
+    if not batch.evaluates_soft:  # a row without a term has gradient 0, whatever it holds
+        weight[label < 0 if batch.evaluates_hard else slice(None)] = 0
 
     mean = options.reduction == "mean"
     scale = weight * (grad_output.detach().numpy() if isinstance(grad_output, torch.Tensor) else grad_output)
     with np.errstate(all="ignore"):  # 0 / 0 where no row counts for a term
         soft_scale = options.alpha * scale / (items[0] if mean else 1) if options.soft_items != 0 else 0 * scale
         hard_scale = np.where(label >= 0, (1 - options.alpha) * scale / (items[1] if mean else 1), 0)
+    if not batch.evaluates_hard:
+        hard_scale[:] = 0
     return _Plan(label, weight, soft_scale, hard_scale), items
 
 
 def _settings(batch, write, metrics):
     """The batch's constants as the kernels take them, and the class weights: none is an empty array."""
     options = batch.options
-    soft, hard = batch.teacher is not None, options.alpha < 1
+    soft, hard = batch.evaluates_soft, batch.evaluates_hard
     tempered = soft and options.divergence != "mse"
     temperature = options.temperature if tempered else 1.0
     beta = 0.0 if options.beta is None else options.beta
@@ -863,7 +861,7 @@ def _reduce(batch, plan, found, items, metrics):
     """The batch's loss from its rows', in their order: the number of threads cannot change a bit."""
     options, dtype = batch.options, loss_dtype(batch.student)
     counted = (plan.weight != 0) & (options.soft_items != 0)
-    labelled = (plan.weight != 0) & (plan.label >= 0)
+    labelled = (plan.weight != 0) & (plan.label >= 0) & (options.hard_items != 0)
     terms = []
     for on, of_row, rows, denominator in (
         (batch.teacher is not None, found.soft, counted, items[0]),

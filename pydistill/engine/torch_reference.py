@@ -63,7 +63,7 @@ class TorchBackend:
             counted = with_a_term[rows].unsqueeze(-1)
             s = torch.where(counted, student[rows].double(), 0)
             g = torch.zeros_like(s)
-            if soft_on:
+            if batch.evaluates_soft:
                 t = torch.where(counted, batch.teacher[rows].double(), 0)
                 others = (None if x is None else x[rows] for x in (labels, batch.teacher_indices, batch.log_partitions))
                 value, h = _soft_term(s, t, options, *others)
@@ -74,7 +74,7 @@ class TorchBackend:
                 if batch.teacher_indices is not None:
                     theirs = batch.teacher_indices[rows].gather(-1, theirs.unsqueeze(-1)).squeeze(-1)
                 agree[rows] = (s.argmax(-1) == theirs) & _ordered(s) & _ordered(t)
-            if hard_on:
+            if batch.evaluates_hard:
                 value, h = _hard_term(s, labels[rows], batch.class_weight, options.label_smoothing)
                 hard[rows] = torch.where(labelled_rows[rows], weight[rows] * value, 0)
                 g += torch.where(labelled_rows[rows], hard_scale[rows], 0).unsqueeze(-1) * h
@@ -90,7 +90,7 @@ class TorchBackend:
             run_rows(slice(start, start + step))
 
         agreement = _share(agree, soft_rows) if metrics and soft_on else math.nan
-        accuracy = _share(correct, labelled_rows) if metrics and labels is not None else math.nan
+        accuracy = _share(correct, labelled_rows & with_a_term) if metrics and labels is not None else math.nan
         if options.reduction != "none":
             soft, hard = soft.sum(dtype=torch.float64), hard.sum(dtype=torch.float64)
         if averaged:

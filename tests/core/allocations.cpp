@@ -1,0 +1,63 @@
+// The linker's --wrap gives us the calls of this program's objects, and leaves the sanitizer its own operator new,
+// which ThreadSanitizer does not let a program replace.
+#include "allocations.hpp"
+
+#include <atomic>
+#include <cstddef>
+#include <new>
+
+namespace pydistill::driver {
+namespace {
+
+// Relaxed, or ThreadSanitizer would take every allocation for a synchronisation.
+std::atomic<int64_t> live{0}, made{0}, first_to_fail{-1}, last_to_fail{-1};
+
+void count_or_fail() {
+  const int64_t n = made.fetch_add(1, std::memory_order_relaxed);
+  if (n >= first_to_fail.load(std::memory_order_relaxed) && n <= last_to_fail.load(std::memory_order_relaxed))
+    throw std::bad_alloc();
+  live.fetch_add(1, std::memory_order_relaxed);
+}
+void count_release(void* p) {
+  if (p) live.fetch_sub(1, std::memory_order_relaxed);
+}
+
+}  // namespace
+
+int64_t live_allocations() { return live.load(std::memory_order_relaxed); }
+
+FailingAllocations::FailingAllocations(int64_t n, bool all_after) {
+  const int64_t first = made.load(std::memory_order_relaxed) + n;
+  last_to_fail.store(all_after ? INT64_MAX : first, std::memory_order_relaxed);
+  first_to_fail.store(first, std::memory_order_relaxed);
+}
+FailingAllocations::~FailingAllocations() {
+  last_to_fail.store(-1, std::memory_order_relaxed);
+  first_to_fail.store(-1, std::memory_order_relaxed);
+}
+
+}  // namespace pydistill::driver
+
+using pydistill::driver::count_or_fail, pydistill::driver::count_release;
+
+// WRAPPED(mangled name, parameters, arguments): the allocating and the releasing forms that clang and GCC call.
+#define WRAPPED_NEW(name, parameters, arguments) \
+  void* __real_##name parameters;                \
+  void* __wrap_##name parameters {               \
+    count_or_fail();                             \
+    return __real_##name arguments;              \
+  }
+#define WRAPPED_DELETE(name, parameters, arguments) \
+  void __real_##name parameters;                    \
+  void __wrap_##name parameters {                   \
+    count_release(p);                               \
+    __real_##name arguments;                        \
+  }
+extern "C" {
+WRAPPED_NEW(_Znwm, (size_t n), (n))
+WRAPPED_NEW(_ZnwmSt11align_val_t, (size_t n, std::align_val_t a), (n, a))
+WRAPPED_DELETE(_ZdlPv, (void* p), (p))
+WRAPPED_DELETE(_ZdlPvm, (void* p, size_t n), (p, n))
+WRAPPED_DELETE(_ZdlPvSt11align_val_t, (void* p, std::align_val_t a), (p, a))
+WRAPPED_DELETE(_ZdlPvmSt11align_val_t, (void* p, size_t n, std::align_val_t a), (p, n, a))
+}

@@ -1,0 +1,135 @@
+// Several callers at once, the OpenMP path, and gradient memory that several threads recycle.
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cstring>
+#include <thread>
+
+#include "gradient_memory.hpp"
+#include "parallel.hpp"
+#include "run_call.hpp"
+#include "sections.hpp"
+
+#if !defined(_OPENMP)
+#error "the driver is about threads too: build it with OpenMP"
+#endif
+
+namespace pydistill::driver {
+namespace {
+
+constexpr int kCallers = 4, kThreads = 2;
+
+std::vector<Call> calls_for_two_threads() {
+  std::vector<Call> calls;
+  for (Call call : soft_terms()) {
+    call.rows = 65, call.classes = 1025;
+    if (call.listed > 0) call.listed = 7;
+    if (call.options.divergence == Divergence::reverse_kl && !call.bucket) call.listed = 0;
+    call.options.temperature = 2, call.metrics = true, call.ignored_rows = true;
+    call.seed = calls.size() + 1;
+    calls.push_back(call);
+  }
+  return calls;
+}
+
+// The same inputs for all callers; each has a gradient of its own, in memory that was another's a moment ago.
+bool repeat(const Call& call, const Inputs& inputs, const Prepared& shared, const IsaVariant& isa,
+            const Result& alone, int times) {
+  for (int k = 0; k < times; ++k) {
+    const size_t bytes = alone.gradient.size();
+    GradientMemory memory(bytes * size_t(1 + k % 3));
+    Prepared own = shared;
+    own.batch.gradient.data = memory.data();
+    const Evaluation evaluation = evaluate(own.batch, isa, kThreads, own.rows);
+    if (!same(call, alone, collect(call, inputs, own, evaluation))) return false;
+  }
+  return true;
+}
+
+// Whether this caller's memory was its own all the time. Yields, or on a busy machine a caller would be done
+// before the next one starts.
+bool recycle(int caller) {
+  Random random{uint64_t(caller)};
+  for (int k = 0; k < 1000; ++k) {
+    {
+      GradientMemory memory(size_t(1 + random.below(3)) << 21);
+      char* first = static_cast<char*>(memory.data());
+      char* last = first + memory.bytes() - 1;
+      *first = *last = char(caller);
+      std::this_thread::yield();
+      if (*first != caller || *last != caller) return false;
+    }
+    if (random.chance(0.5)) std::this_thread::yield();
+    if (random.chance(0.3)) GradientMemory::release();
+  }
+  return true;
+}
+
+// Whether f(caller) is true for every caller.
+template <class F>
+bool at_once(F f) {
+  bool good[kCallers] = {};
+  std::vector<std::thread> callers;
+  for (int caller = 0; caller < kCallers; ++caller)
+    callers.emplace_back([&, caller] { good[caller] = f(caller); });
+  for (std::thread& caller : callers) caller.join();
+  return std::all_of(good, good + kCallers, [](bool x) { return x; });
+}
+
+}  // namespace
+
+std::string check_threads() {
+  const std::vector<const IsaVariant*> isas = usable_isas();
+  if (!at_once(recycle)) fail("two callers had the same gradient memory at once");
+  int calls = 0;
+  for (const Call& call : calls_for_two_threads())
+    for (const IsaVariant* isa : isas) {
+      const Inputs inputs = make_inputs(call);
+      Memory memory(Place::allocator), memory_alone(Place::allocator);
+      const Result alone = run_call(call, inputs, memory_alone, *isa, 1);
+      const Prepared shared = prepare(call, inputs, memory);
+      if (!at_once([&](int) { return repeat(call, inputs, shared, *isa, alone, 3); }))
+        fail(std::string(isa->name) + ": other bits on two threads, with four callers\n  " + describe(call));
+      calls += 3 * kCallers;
+    }
+  GradientMemory::release();
+  return std::to_string(calls) + " calls on " + std::to_string(kThreads) + " threads each, by " +
+         std::to_string(kCallers) + " callers at once";
+}
+
+std::string check_fork() {
+  watch_forks();
+  Call call = calls_for_two_threads().front();
+  const Inputs inputs = make_inputs(call);
+  Memory memory(Place::allocator);
+  const IsaVariant& isa = *usable_isas().front();
+  const Result before = run_call(call, inputs, memory, isa, kThreads);
+  const pid_t child = fork();
+  if (child == 0) {
+    alarm(60);  // a child that waits for the parent's threads waits for ever
+    _exit(same(call, before, run_call(call, inputs, memory, isa, kThreads)) ? 0 : 1);
+  }
+  int status = 0;
+  if (child < 0 || waitpid(child, &status, 0) != child || status != 0)
+    fail("a forked child ended with status " + std::to_string(status));
+  return "one child";
+}
+
+std::string plant(const std::string& what) {
+  Call call;
+  call.rows = 65, call.classes = 1025;
+  const Inputs inputs = make_inputs(call);
+  Memory memory(what == "guard" ? Place::before_guard : Place::allocator);
+  Prepared prepared = prepare(call, inputs, memory);
+  if (what == "overflow" || what == "guard") ++prepared.batch.classes;
+  if (what == "race") prepared.batch.gradient.stride = 0;
+  evaluate(prepared.batch, *usable_isas().back(), what == "race" ? kThreads : 1, prepared.rows);
+  if (what == "undefined") {
+    const volatile int largest = INT32_MAX;
+    return std::to_string(largest + call.rows * 0 + int(largest + 1));
+  }
+  return what;
+}
+
+}  // namespace pydistill::driver

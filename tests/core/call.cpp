@@ -272,7 +272,10 @@ std::string describe(const Call& call) {
            : call.in_place ? ", in place"
                            : ", gradient stride ");
   if (call.gradient && !call.in_place) text << call.gradient_stride();
-  text << ", values " << int(call.values) << ", seed " << call.seed;
+  text << (call.values == Values::plain    ? ", plain"
+           : call.values == Values::masked ? ", masked"
+                                           : ", wild")
+       << ", seed " << call.seed;
   return text.str();
 }
 

@@ -117,6 +117,10 @@ std::string check_fork() {
 }
 
 std::string plant(const std::string& what) {
+  if (what == "undefined") {
+    const volatile int largest = INT32_MAX;
+    return std::to_string(largest + 1);
+  }
   Call call;
   call.rows = 65, call.classes = 1025;
   const Inputs inputs = make_inputs(call);
@@ -125,10 +129,6 @@ std::string plant(const std::string& what) {
   if (what == "overflow" || what == "guard") ++prepared.batch.classes;
   if (what == "race") prepared.batch.gradient.stride = 0;
   evaluate(prepared.batch, *usable_isas().back(), what == "race" ? kThreads : 1, prepared.rows);
-  if (what == "undefined") {
-    const volatile int largest = INT32_MAX;
-    return std::to_string(largest + call.rows * 0 + int(largest + 1));
-  }
   return what;
 }
 

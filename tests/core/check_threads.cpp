@@ -3,7 +3,7 @@
 #include <unistd.h>
 
 #include <algorithm>
-#include <cstring>
+#include <chrono>
 #include <thread>
 
 #include "gradient_memory.hpp"
@@ -47,21 +47,22 @@ bool repeat(const Call& call, const Inputs& inputs, const Prepared& shared, cons
   return true;
 }
 
-// Whether this caller's memory was its own all the time. Yields, or on a busy machine a caller would be done
-// before the next one starts.
+// Whether this caller's memory was its own all the time. It sleeps after every step: on two cores callers that run
+// through seldom meet.
 bool recycle(int caller) {
   Random random{uint64_t(caller)};
+  const auto let_others_run = [&] { std::this_thread::sleep_for(std::chrono::microseconds(random.below(30))); };
   for (int k = 0; k < 1000; ++k) {
     {
       GradientMemory memory(size_t(1 + random.below(3)) << 21);
       char* first = static_cast<char*>(memory.data());
       char* last = first + memory.bytes() - 1;
       *first = *last = char(caller);
-      std::this_thread::yield();
+      let_others_run();
       if (*first != caller || *last != caller) return false;
     }
-    if (random.chance(0.5)) std::this_thread::yield();
-    if (random.chance(0.3)) GradientMemory::release();
+    let_others_run();
+    if (random.chance(0.5)) GradientMemory::release();
   }
   return true;
 }
@@ -120,6 +121,15 @@ std::string plant(const std::string& what) {
   if (what == "undefined") {
     const volatile int largest = INT32_MAX;
     return std::to_string(largest + 1);
+  }
+  if (what == "free") {
+    const int* number = new int(1);
+    int seen = 0;
+    std::thread reader([&] { seen = *number; });
+    std::this_thread::sleep_for(std::chrono::milliseconds(20));  // no synchronisation
+    delete number;
+    reader.join();
+    return what + std::string(size_t(seen), '.');
   }
   Call call;
   call.rows = 65, call.classes = 1025;

@@ -29,7 +29,7 @@ constexpr Section kSections[] = {
 };
 
 int usage() {
-  std::fprintf(stderr, "usage: core_driver SECTION... | plant overflow|guard|undefined|race; sections:");
+  std::fprintf(stderr, "usage: core_driver SECTION... | plant overflow|guard|undefined|race|free; sections:");
   for (const Section& section : kSections) std::fprintf(stderr, " %s", section.name);
   std::fprintf(stderr, "\n");
   return 2;

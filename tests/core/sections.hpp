@@ -20,7 +20,7 @@ std::string check_refusals();     // bad labels and weights: found before anythi
 std::string check_allocations();  // out of memory at every allocation, on one thread and on two
 std::string check_threads();  // four callers at once, each on two threads, and gradient memory that is recycled
 std::string check_fork();     // a child evaluates after its parent has used the thread pool
-// Does something that a sanitizer must end the program for: "overflow", "guard", "undefined" or "race".
+// Does something for which a sanitizer must end the program: "overflow", "guard", "undefined", "race" or "free".
 std::string plant(const std::string& what);
 
 }  // namespace pydistill::driver

@@ -12,11 +12,13 @@ namespace {
 // Relaxed, or ThreadSanitizer would take every allocation for a synchronisation.
 std::atomic<int64_t> live{0}, made{0}, first_to_fail{-1}, last_to_fail{-1};
 
-void count_or_fail() {
+// Whether the next allocation succeeds.
+bool count_allocation() {
   const int64_t n = made.fetch_add(1, std::memory_order_relaxed);
   if (n >= first_to_fail.load(std::memory_order_relaxed) && n <= last_to_fail.load(std::memory_order_relaxed))
-    throw std::bad_alloc();
+    return false;
   live.fetch_add(1, std::memory_order_relaxed);
+  return true;
 }
 void count_release(void* p) {
   if (p) live.fetch_sub(1, std::memory_order_relaxed);
@@ -38,14 +40,14 @@ FailingAllocations::~FailingAllocations() {
 
 }  // namespace pydistill::driver
 
-using pydistill::driver::count_or_fail, pydistill::driver::count_release;
+using pydistill::driver::count_allocation, pydistill::driver::count_release;
 
 // WRAPPED(mangled name, parameters, arguments): the allocating and the releasing forms that clang and GCC call.
-#define WRAPPED_NEW(name, parameters, arguments) \
-  void* __real_##name parameters;                \
-  void* __wrap_##name parameters {               \
-    count_or_fail();                             \
-    return __real_##name arguments;              \
+#define WRAPPED_NEW(name, parameters, arguments)     \
+  void* __real_##name parameters;                    \
+  void* __wrap_##name parameters {                   \
+    if (!count_allocation()) throw std::bad_alloc(); \
+    return __real_##name arguments;                  \
   }
 #define WRAPPED_DELETE(name, parameters, arguments) \
   void __real_##name parameters;                    \
@@ -55,9 +57,15 @@ using pydistill::driver::count_or_fail, pydistill::driver::count_release;
   }
 extern "C" {
 WRAPPED_NEW(_Znwm, (size_t n), (n))
+WRAPPED_NEW(_Znam, (size_t n), (n))
 WRAPPED_NEW(_ZnwmSt11align_val_t, (size_t n, std::align_val_t a), (n, a))
+void* __real__ZnwmRKSt9nothrow_t(size_t n, const std::nothrow_t& nothrow);
+void* __wrap__ZnwmRKSt9nothrow_t(size_t n, const std::nothrow_t& nothrow) {
+  return count_allocation() ? __real__ZnwmRKSt9nothrow_t(n, nothrow) : nullptr;
+}
 WRAPPED_DELETE(_ZdlPv, (void* p), (p))
 WRAPPED_DELETE(_ZdlPvm, (void* p, size_t n), (p, n))
+WRAPPED_DELETE(_ZdaPv, (void* p), (p))
 WRAPPED_DELETE(_ZdlPvSt11align_val_t, (void* p, std::align_val_t a), (p, a))
 WRAPPED_DELETE(_ZdlPvmSt11align_val_t, (void* p, size_t n, std::align_val_t a), (p, n, a))
 }

@@ -1,0 +1,215 @@
+"""The smallest calls that tests/fuzz_loss has found wrong, on every backend and by the differentiable formula."""
+
+import math
+
+import pytest
+import torch
+
+import pydistill
+from pydistill.formulas import DIVERGENCES
+
+INF, NAN = math.inf, math.nan
+LOWEST = torch.finfo(torch.float32).min
+
+
+def by_engine(student, *arguments, **options):
+    """(loss, gradient)"""
+    student = student.clone().requires_grad_()
+    loss = pydistill.distillation_loss(student, *arguments, **options)
+    loss.backward()
+    return loss.detach(), student.grad
+
+
+def by_formula(student, *arguments, **options):
+    return torch.func.grad_and_value(lambda s: pydistill.distillation_loss(s, *arguments, **options))(student)[::-1]
+
+
+def by_second_order(student, *arguments, **options):
+    student = student.clone().requires_grad_()
+    loss = pydistill.distillation_loss(student, *arguments, **options)
+    return loss.detach(), torch.autograd.grad(loss, student, create_graph=True)[0].detach()
+
+
+paths = pytest.mark.parametrize("compute", [by_engine, by_formula, by_second_order])
+
+
+@paths
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize("ignore_index", [2**40, 2**32 + 1, -(2**33)])
+def test_ignore_index_beyond_32_bits_is_no_label(variant, compute, dtype, ignore_index):
+    labels = torch.tensor([0, 1], dtype=dtype)
+    loss, gradient = compute(torch.zeros(2, 2), None, labels, alpha=0.0, ignore_index=ignore_index)
+    assert float(loss) == pytest.approx(math.log(2))
+    assert gradient.abs().min() > 0
+    assert pydistill.loss_items(labels, ignore_index=ignore_index) == (2, 2)
+    hidden, weight = torch.ones(2, 1, requires_grad=True), torch.zeros(2, 1)
+    loss = pydistill.linear_distillation_loss(hidden, weight, None, labels, alpha=0.0, ignore_index=ignore_index)
+    assert float(loss.detach()) == pytest.approx(math.log(2))
+
+
+def test_negative_label_is_not_an_ignore_index_of_33_bits(variant):
+    labels = torch.tensor([-1], dtype=torch.int32)
+    with pytest.raises(IndexError, match="row 0 holds -1"):
+        pydistill.distillation_loss(torch.zeros(1, 2), None, labels, alpha=0.0, ignore_index=2**32 - 1)
+
+
+@pytest.mark.parametrize("tail", ["renormalize", "bucket"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_top_k_teacher_of_any_dtype(variant, dtype, tail):
+    student, teacher = torch.randn(2, 5), torch.randn(2, 5).to(dtype)
+    got = by_engine(student, pydistill.top_k(teacher, 2, tail=tail), alpha=1.0)
+    want = by_engine(student, pydistill.top_k(teacher.float(), 2, tail=tail), alpha=1.0)
+    torch.testing.assert_close(got, want)
+
+
+@paths
+@pytest.mark.parametrize("value", [INF, -INF, NAN])
+@pytest.mark.parametrize("side", [0, 1])
+def test_dkd_of_one_class_without_a_softmax_is_nan(variant, compute, side, value):
+    logits = [torch.zeros(1, 1), torch.zeros(1, 1)]
+    logits[side].fill_(value)
+    loss, gradient = compute(*logits, torch.tensor([0]), divergence="dkd", alpha=1.0)
+    assert loss.isnan()
+    assert gradient.isnan().all()
+
+
+@paths
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("side", [0, 1])
+def test_row_that_is_nan_is_nan_in_every_class(variant, compute, divergence, side):
+    """By the formula the derivative at NaN had been 0 in some classes, or in all."""
+    logits = list(torch.randn(2, 3, 4))
+    good = compute(*logits, torch.tensor([0, 1, 2]), divergence=divergence, alpha=1.0, reduction="sum")[1]
+    logits[side][1, 2] = NAN
+    loss, gradient = compute(*logits, torch.tensor([0, 1, 2]), divergence=divergence, alpha=1.0, reduction="sum")
+    assert loss.isnan()
+    assert gradient[1].isnan().all()
+    assert torch.equal(gradient[[0, 2]], good[[0, 2]])
+
+
+@paths
+def test_reverse_kl_of_a_zero_probability(variant, compute):
+    student, teacher = torch.zeros(2, 2), torch.tensor([[0.0, -INF], [0.0, 1.0]])
+    loss, gradient = compute(student, teacher, divergence="reverse_kl", alpha=1.0)
+    assert loss == INF
+    assert gradient[0].isnan().all()
+    assert gradient[1].isfinite().all()
+
+
+@paths
+@pytest.mark.parametrize("teacher", [[0.0, LOWEST, LOWEST], [LOWEST] * 3, [1.0, LOWEST, 0.0], [LOWEST, 0.0, LOWEST]])
+@pytest.mark.parametrize("student", [[0.0, 1.0, 2.0], [LOWEST] * 3])
+def test_dkd_of_lowest_logits(variant, compute, teacher, student):
+    """finfo.min is a common mask; beside the label it had been taken for no class at all."""
+    options = {"divergence": "dkd", "alpha": 1.0, "beta": 2.0, "temperature": 2.0}
+    student, teacher, label = torch.tensor([student]), torch.tensor([teacher]), torch.tensor([0])
+    loss, gradient = compute(student, teacher, label, **options)
+    with pydistill.use_backend("torch"):
+        want, exact = by_engine(student.double(), teacher.double(), label, **options)
+    torch.testing.assert_close(loss.double(), want, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(gradient.double(), exact, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("k", [1, 2, 3])
+def test_top_k_of_lowest_logits(variant, k):
+    student, teacher = torch.full((1, 4), LOWEST), torch.tensor([[0.0, 1.0, 2.0, 3.0]])
+    loss, gradient = by_engine(student, pydistill.top_k(teacher, k), alpha=1.0)
+    want, exact = by_engine(torch.zeros(1, 4), pydistill.top_k(teacher, k), alpha=1.0)
+    torch.testing.assert_close((loss, gradient), (want, exact))
+
+
+def test_mse_of_lowest_logits_agrees(variant):
+    student, teacher = torch.zeros(1, 1), torch.full((1, 1), LOWEST)
+    _, metrics = pydistill.distillation_loss(student, teacher, divergence="mse", alpha=1.0, return_metrics=True)
+    assert metrics.agreement == 1
+    student, teacher = torch.full((1, 1500), LOWEST), torch.full((1, 1500), -INF)
+    _, metrics = pydistill.distillation_loss(student, teacher, divergence="mse", alpha=1.0, return_metrics=True)
+    assert metrics.agreement == 0  # a row of -inf only has no argmax
+
+
+@paths
+@pytest.mark.parametrize("value", [NAN, INF])
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_term_whose_denominator_is_0_holds_anything(variant, compute, divergence, value):
+    student, labels = torch.randn(2, 3), torch.tensor([0, 2])
+    teacher = torch.randn(2, 3)
+    teacher[0, 1] = value
+    got = compute(student, teacher, labels, divergence=divergence, num_items=(0, 7))
+    want = compute(student, None, labels, alpha=0.0, num_items=14)
+    torch.testing.assert_close(got, want)
+
+
+@paths
+def test_dkd_needs_the_label_of_a_hard_term_without_denominator(variant, compute):
+    student, teacher, labels = *torch.randn(2, 2, 5), torch.tensor([2, 1])
+    options = {"divergence": "dkd", "temperature": 2.0}
+    got = compute(student, teacher, labels, alpha=0.5, num_items=(2, 0), **options)
+    want = compute(student, teacher, labels, alpha=1.0, **options)
+    torch.testing.assert_close(got, tuple(x / 2 for x in want))
+
+
+@paths
+def test_accuracy_of_rows_without_a_term_is_nan(variant, compute):
+    options = {"alpha": 1.0, "num_items": (0, 11.5), "return_metrics": True}
+    _, metrics = pydistill.distillation_loss(torch.zeros(1, 2), torch.zeros(1, 2), torch.tensor([0]), **options)
+    assert metrics.accuracy.isnan()
+
+
+@pytest.mark.parametrize("formula", [False, True], ids=["engine", "formula"])
+def test_row_with_nan_disagrees(variant, formula):
+    teacher = pydistill.SoftTargets.from_topk(torch.tensor([[0, 1]]), torch.tensor([[0.0, NAN]]), 3)
+
+    def agreement(student):
+        return pydistill.distillation_loss(student, teacher, alpha=1.0, return_metrics=True)[1].agreement
+
+    student = torch.zeros(1, 3)
+    assert (torch.vmap(agreement)(student.unsqueeze(0)) if formula else agreement(student)) == 0
+
+
+@pytest.mark.parametrize("divergence", ["jsd", "skew_forward_kl", "skew_reverse_kl"])
+@pytest.mark.parametrize("height", [80.0, 88.0, 95.0, 103.0, 110.0])
+def test_mixtures_of_denormal_probabilities(variant, divergence, height):
+    """Two blocks whose maxima differ by so much that a probability is a denormal, or 0, in one of two equal classes."""
+    student, teacher = torch.zeros(2, 1, 2049)
+    student[0, -1] = teacher[0, 0] = height
+    loss, gradient = by_engine(student, teacher, divergence=divergence, alpha=1.0)
+    with pydistill.use_backend("torch"):
+        want, exact = by_engine(student.double(), teacher.double(), divergence=divergence, alpha=1.0)
+    torch.testing.assert_close(loss.double(), want, rtol=1e-6, atol=0)
+    torch.testing.assert_close(gradient.double(), exact, rtol=0, atol=2e-6)
+
+
+# --- Behind a head --------------------------------------------------------------------------------------------
+
+
+def test_agreement_of_a_head_without_a_soft_term_is_nan(variant):
+    arguments = (torch.zeros(1, 1), torch.zeros(2, 1), None, torch.tensor([-100]))
+    options = {"alpha": 0.0, "unlabeled": "distill", "return_metrics": True}
+    _, metrics = pydistill.linear_distillation_loss(*arguments, **options)
+    assert metrics.agreement.isnan()
+
+
+@pytest.mark.parametrize("skipped", ["label", "weight", "no term"])
+def test_hidden_states_of_a_row_that_does_not_count_hold_anything(variant, skipped):
+    hidden, weight = torch.tensor([[NAN], [1.0]], requires_grad=True), torch.zeros(3, 1, requires_grad=True)
+    teacher, labels, options = torch.randn(2, 3), torch.tensor([-100, 1]), {}
+    if skipped == "weight":
+        labels, options = torch.tensor([0, 1]), {"sample_weight": torch.tensor([0.0, 1.0])}
+    if skipped == "no term":
+        options = {"unlabeled": "distill", "alpha": 0.0}
+
+    def loss(hidden, weight):
+        return pydistill.linear_distillation_loss(hidden, weight, teacher, labels, **options)
+
+    want = torch.autograd.grad(loss(hidden, weight), (hidden, weight))
+    second = torch.autograd.grad(loss(hidden, weight), (hidden, weight), create_graph=True)
+    formula = torch.func.grad(loss, (0, 1))(hidden.detach(), weight.detach())
+    for got in (second, formula):
+        for x, y in zip(got, want, strict=True):
+            assert y.isfinite().all()
+            torch.testing.assert_close(x.detach(), y)
+
+
+def test_head_without_features_is_refused():
+    with pytest.raises(ValueError, match=r"student_weight must be \(C, H\) with H of at least 1, got \(2, 0\)"):
+        pydistill.linear_distillation_loss(torch.zeros(1, 0), torch.zeros(2, 0), torch.zeros(1, 2), alpha=1.0)

@@ -38,8 +38,10 @@ struct Mixture {
     const P one = constant(1, x.p), zero = constant(0, x.p);
     const P larger = max(x.p, x.q), smaller = where_positive(x.log_ratio, x.p, x.q);
     const P ratio = smaller / larger;
-    const P m = fma(where_positive(x.log_ratio, of_q, of_p), one - ratio, ratio);  // over the larger
-    const P larger_over_m = -log(max(smallest(x.p), m));
+    const P of_larger = where_positive(x.log_ratio, of_q, of_p);
+    const P m =
+        max(smallest(x.p), fma(of_larger, one - ratio, ratio));  // over the larger; normal, for log and 1 / m
+    const P larger_over_m = -log(m);
     log_p_over_m = larger_over_m - max(zero, x.log_ratio);
     log_q_over_m = larger_over_m - max(zero, -x.log_ratio);
     overlap = times(smaller, one / m);

@@ -167,15 +167,17 @@ def test_row_with_nan_disagrees(variant, formula):
 
 
 @pytest.mark.parametrize("divergence", ["jsd", "skew_forward_kl", "skew_reverse_kl"])
-@pytest.mark.parametrize("height", [80.0, 88.0, 95.0, 103.0, 110.0])
-def test_mixtures_of_denormal_probabilities(variant, divergence, height):
+@pytest.mark.parametrize("height", [80.0, 88.0, 89.0, 95.0, 103.0, 110.0])
+@pytest.mark.parametrize("beta", [0.1, 0.9, 1.0])
+def test_mixtures_of_denormal_probabilities(variant, divergence, height, beta):
     """Two blocks whose maxima differ by so much that a probability is a denormal, or 0, in one of two equal classes."""
     student, teacher = torch.zeros(2, 1, 2049)
     student[0, -1] = teacher[0, 0] = height
-    loss, gradient = by_engine(student, teacher, divergence=divergence, alpha=1.0)
+    options = {"divergence": divergence, "alpha": 1.0, "beta": beta}
+    loss, gradient = by_engine(student, teacher, **options)
     with pydistill.use_backend("torch"):
-        want, exact = by_engine(student.double(), teacher.double(), divergence=divergence, alpha=1.0)
-    torch.testing.assert_close(loss.double(), want, rtol=1e-6, atol=0)
+        want, exact = by_engine(student.double(), teacher.double(), **options)
+    torch.testing.assert_close(loss.double(), want, rtol=1e-6, atol=1e-12)
     torch.testing.assert_close(gradient.double(), exact, rtol=0, atol=2e-6)
 
 

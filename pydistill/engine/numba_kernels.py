@@ -305,7 +305,8 @@ def _mixture_of_scalars(x, of_p, of_q):
         of_larger = of_q if above else of_p
         ratio = smaller / larger
         m = ratio + of_larger * (one - ratio)
-        larger_over_m = -log(smallest if m < smallest else m)
+        m = smallest if m < smallest else m
+        larger_over_m = -log(m)
         log_p = larger_over_m - x.log_ratio if above else larger_over_m
         log_q = larger_over_m if above else larger_over_m + x.log_ratio
         return formulas.Mixture(log_p, log_q, smaller if smaller == 0 else smaller / m)

@@ -1,0 +1,15 @@
+"""A fuzzer of every public loss function: random calls against a long-double reference of its own.
+
+``python -m tests.fuzz_loss --seed 1 --seconds 60`` from the root of the checkout; a failing call is made smaller and
+printed as code. One module per idea:
+
+- case: a call as data, which can be run, changed, and written as code;
+- drawing: random calls;
+- running: a call, on the package;
+- divergences: each divergence and its gradient in long double;
+- expectation: what a call must give, and how far from it a correct result may be;
+- judging: what is wrong with a result;
+- refusals: calls that must be refused;
+- shrinking: the smallest call that still fails;
+- campaign: many calls, in a process that may crash.
+"""

@@ -56,10 +56,10 @@ def make(seed, call) -> Case | refusals.Refusal:
     return refusals.draw(text) if call % REFUSED_SHARE == REFUSED_SHARE - 1 else draw(text)
 
 
-def find(made, variant) -> judging.Finding | None:
+def find(made, variant, wanted=None) -> judging.Finding | None:
     if isinstance(made, refusals.Refusal):
         return made.check(*variant)
-    return judging.check(made, *variant)
+    return judging.check(made, *variant, wanted)
 
 
 class Worker:
@@ -94,6 +94,9 @@ class Worker:
         chosen = self.chosen
         if getattr(made, "path", None) == "functorch" or isinstance(made, refusals.Refusal):
             chosen = [chosen[call % len(chosen)]]  # does not depend on the backend
+        wanted = None
+        if isinstance(made, Case) and made.function != "loss_items":
+            wanted = judging.Readings(made)
         shrinking = 0.0
         for variant in chosen:
             if variant[0] == "numba" and self.too_much_compiling(made, elapsed):
@@ -101,7 +104,7 @@ class Worker:
             if self.progress is not None:
                 os.pwrite(self.progress, f"{call} {name_of(variant)}".ljust(64).encode(), 0)
             started = time.monotonic()
-            finding = self.find(made, variant)
+            finding = self.find(made, variant, wanted)
             took = time.monotonic() - started
             if variant[0] == "numba" and took > 0.5:
                 self.compiling += took
@@ -110,9 +113,9 @@ class Worker:
                 shrinking += self.report(call, made, variant, finding)
         return shrinking
 
-    def find(self, made, variant):
+    def find(self, made, variant, wanted):
         try:
-            return find(made, variant)
+            return find(made, variant, wanted)
         except Exception:
             return judging.Finding("error in the fuzzer", traceback.format_exc())
 

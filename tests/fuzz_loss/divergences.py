@@ -43,6 +43,10 @@ def log_softmax(logits, temperature):
     return scaled - np.log(np.exp(scaled).sum(-1, keepdims=True))
 
 
+def _within(logs, largest):
+    return np.where(logs < -largest, -INF, logs)
+
+
 def resolve(divergence, beta):
     """``(divergence, beta)`` with the default filled in, and the ends of the range as what they are."""
     if divergence not in DEFAULT_BETA:
@@ -51,28 +55,34 @@ def resolve(divergence, beta):
     return (ENDS[divergence, beta], None) if (divergence, beta) in ENDS else (divergence, beta)
 
 
-def soft_term(divergence, beta, temperature, student, teacher, labels=None, *, rounding=0.0, smallest=0.0) -> Soft:
+def soft_term(
+    divergence, beta, temperature, student, teacher, labels=None, *, rounding=0.0, smallest=0.0, largest=INF
+) -> Soft:
     """D(p, q) and its gradient for a teacher over all classes; -inf in its logits is a probability of 0.
 
     Args:
         rounding: relative error of the arithmetic under test, which decides how close p and q are undecided.
         smallest: a probability below this counts as 0 beside an exact 0 of the other distribution. A float32 kernel
             cannot tell e^-200 from 0, so that an infinite term and none are both right there.
+        largest: a logit further than this below its row's maximum counts as -inf: the dtype cannot hold the difference.
     """
     if divergence == "mse":
         return _mse(student, teacher)
-    log_q, log_p = log_softmax(student, temperature), log_softmax(teacher, temperature)
+    log_q, log_p = (_within(log_softmax(x, temperature), largest) for x in (student, teacher))
     log_q = np.where((log_p == -INF) & (np.exp(log_q) < smallest), -INF, log_q)
     log_p = np.where((log_q == -INF) & (np.exp(log_p) < smallest), -INF, log_p)
     if divergence == "dkd":
-        return _dkd(Real(beta), log_p, log_q, labels)
+        within_q, within_p = (_others_log_softmax(x, temperature, labels) for x in (student, teacher))
+        return _dkd(Real(beta), log_p, log_q, within_p, within_q, labels)
     value, h = _pointwise(divergence, beta, log_p, log_q)
     unsettled = _unsettled(divergence, log_p, log_q, rounding, np.exp(log_q))
     equal = (student == teacher).all(-1)
     return _soft(value, h, np.exp(log_q), np.exp(log_p), np.where(equal, 0, unsettled))
 
 
-def bucket_term(divergence, beta, temperature, student, indices, logits, partition, *, rounding=0.0, smallest=0.0):
+def bucket_term(
+    divergence, beta, temperature, student, indices, logits, partition, *, rounding=0.0, smallest=0.0, largest=INF
+):
     """D over the k classes of a top-k teacher and one outcome for all others.
 
     ``partition``: log-sum-exp of all of the teacher's logits / temperature, (N,).
@@ -80,7 +90,7 @@ def bucket_term(divergence, beta, temperature, student, indices, logits, partiti
     n, classes = student.shape
     kept = np.zeros((n, classes), bool)
     np.put_along_axis(kept, indices, True, -1)
-    log_q = log_softmax(student, temperature)
+    log_q = _within(log_softmax(student, temperature), largest)
     others = np.where(kept, -INF, log_q)
     log_rest_q = _log_sum(others)
     top = logits.max(-1, keepdims=True) / temperature
@@ -93,7 +103,7 @@ def bucket_term(divergence, beta, temperature, student, indices, logits, partiti
     log_p = np.where((log_outcomes == -INF) & (np.exp(log_p) < smallest), -INF, log_p)
     value, h = _pointwise(divergence, beta, log_p, log_outcomes)
     # Each of the others has its share of the rest's derivative.
-    share = np.where(others == -INF, 0, np.exp(others - np.where(log_rest_q == -INF, 0, log_rest_q)[:, None]))
+    share = np.where(others == -INF, 0, np.exp(log_softmax(np.where(kept, -INF, student), temperature)))
     wide = share * h[:, -1:]
     np.put_along_axis(wide, indices, h[:, :-1], -1)
     unsettled = _unsettled(divergence, log_p, log_outcomes, rounding, np.exp(log_outcomes))
@@ -101,6 +111,14 @@ def bucket_term(divergence, beta, temperature, student, indices, logits, partiti
     spoiled = np.isnan(log_outcomes).any(-1) | np.isnan(log_p).any(-1)
     soft.value[spoiled], soft.direction[spoiled] = np.nan, np.nan
     return soft
+
+
+def _others_log_softmax(logits, temperature, labels):
+    """Over all classes but the label; from the logits, since log-probabilities of -1e30 differ by nothing."""
+    others = logits.copy()
+    np.put_along_axis(others, labels[:, None], -INF, -1)
+    without = (others == -INF).all(-1)
+    return np.where(without[:, None], -INF, log_softmax(others, temperature))
 
 
 def _log_sum(logs):
@@ -207,7 +225,7 @@ def _mse(student, teacher):
     return Soft(value, gradient, norm(gradient), norm(gradient), zero, zero, unchecked)
 
 
-def _dkd(beta, log_p, log_q, labels):
+def _dkd(beta, log_p, log_q, within_p, within_q, labels):
     """KL of (label, all others) + beta KL within the others. Gradients by hand: see the comments."""
     n, classes = log_q.shape
     at = labels[:, None]
@@ -218,10 +236,6 @@ def _dkd(beta, log_p, log_q, labels):
     rest_p, rest_q = _log_sum(others_p), _log_sum(others_q)
     binary_p, binary_q = (np.stack(x, -1) for x in ((log_label_p, rest_p), (log_label_q, rest_q)))
     value, _ = _pointwise("forward_kl", None, binary_p, binary_q)
-    within_p, within_q = (
-        np.where(x == -INF, -INF, x - np.where(r == -INF, 0, r)[:, None])
-        for x, r in ((others_p, rest_p), (others_q, rest_q))
-    )
     inner, _ = _pointwise("forward_kl", None, within_p, within_q)
     nothing = (rest_p == -INF) | (classes == 2) | (beta == 0)  # no mass among the others: nothing to compare
     value = value + np.where(nothing, 0, beta * np.where(nothing, 0, inner))

@@ -72,10 +72,11 @@ class _Precision:
     gradient: float
     ulp: float  # half of one, relative: one rounding
     smallest: float  # what exp may take as 0
+    largest: float
 
 
-_SINGLE = _Precision(1e-6, 2e-6, 2.0**-24, 1e-36)
-_DOUBLE = _Precision(1e-12, 1e-12, 2.0**-53, 1e-306)
+_SINGLE = _Precision(1e-6, 2e-6, 2.0**-24, 1e-36, 3e38)
+_DOUBLE = _Precision(1e-12, 1e-12, 2.0**-53, 1e-306, 1.7e308)
 
 
 def real(tensor) -> np.ndarray:
@@ -90,16 +91,16 @@ def rows_of(tensor):
 def readings(case: Case):
     """Every reading of DESIGN under which a result may be right, the plainest first; for any function but loss_items.
 
-    What float32 cannot tell from a probability of 0 may be taken as 0, and a float64 teacher beside a float32 student
+    What float32 cannot tell from a probability of 0 may be taken as 0. A float64 teacher beside a float32 student
     may be rounded to float32, or be read as it is.
     """
     precision = _DOUBLE if case.dtype == torch.float64 else _SINGLE
     working = torch.float64 if case.dtype == torch.float64 else torch.float32
     wide = case.teacher is not None and case.teacher.values.values.dtype == torch.float64 != working
     for dtype in (working, torch.float64) if wide else (working,):
-        for smallest in (0.0, precision.smallest):
+        for ends in ({}, {"smallest": precision.smallest, "largest": precision.largest}):
             with np.errstate(all="ignore"):
-                yield _expect(case, precision, working, dtype, smallest)
+                yield _expect(case, precision, working, dtype, ends)
 
 
 def loss_items(case: Case):
@@ -110,7 +111,7 @@ def loss_items(case: Case):
     return _denominators(weight, labels, class_weight, soft, hard)
 
 
-def _expect(case, precision, working, teacher_dtype, smallest):
+def _expect(case, precision, working, teacher_dtype, ends):
     student = _Logits.of_student(case)
     teacher = None if case.option("alpha") == 0 else _Logits.of_teacher(case, teacher_dtype)
     weight, labels = _weights(case, working), _labels(case)
@@ -123,7 +124,7 @@ def _expect(case, precision, working, teacher_dtype, smallest):
 
     alpha = Real(case.option("alpha"))
     terms = [
-        _SoftPart(case, precision, student, teacher, labels, smallest) if alpha > 0 else None,
+        _SoftPart(case, precision, student, teacher, labels, ends) if alpha > 0 else None,
         _HardPart(case, precision, student, labels, class_weight, hard_rows) if alpha < 1 else None,
     ]
     factors = (alpha, 1 - alpha)
@@ -326,7 +327,7 @@ def _first_maximum(values):
 class _SoftPart:
     """The soft term with T^2 and without alpha: values, bounds, and the gradient with respect to the logits."""
 
-    def __init__(self, case, precision, student, teacher, labels, smallest):
+    def __init__(self, case, precision, student, teacher, labels, ends):
         divergence, beta = resolve(case.option("divergence"), case.option("beta"))
         temperature = Real(1 if divergence == "mse" else case.option("temperature"))
         factor = temperature**2 if case.option("t_squared") else Real(1)
@@ -338,7 +339,7 @@ class _SoftPart:
                 8 + 2 * (_largest(student.values) + _largest(teacher.values)) / temperature
             )
         rounding = precision.ulp + of_formula.max(initial=0)
-        options = {"rounding": rounding, "smallest": smallest}
+        options = {"rounding": rounding} | ends
 
         def at(partition):
             return bucket_term(

@@ -20,8 +20,8 @@ class Finding:
     text: str
 
 
-def judge(case: Case, result: Result) -> Finding | None:
-    """The first rule of the contract that the result breaks."""
+def judge(case: Case, result: Result, wanted=None) -> Finding | None:
+    """The first rule of the contract that the result breaks; ``wanted``: Readings, if they were computed before."""
     if result.error is not None:
         return Finding(f"error {type(result.error).__name__}", f"{type(result.error).__name__}: {result.error}")
     if result.written:
@@ -31,30 +31,49 @@ def judge(case: Case, result: Result) -> Finding | None:
     finding = _form(case, result)
     if finding is not None:
         return finding
-    first = None
-    for want in expectation.readings(case):
-        with np.errstate(all="ignore"):
-            finding = _first(case, result, want)
-        if finding is None:
-            return None
-        first = first or finding
-    return first
+    return _under_some_reading(case, result, wanted or Readings(case))
 
 
-def check(case: Case, backend: str, isa: str | None, *, run=run) -> Finding | None:
+class Readings:
+    """Those of a case, computed when they are asked for and kept for the next backend."""
+
+    def __init__(self, case):
+        self._made, self._others = [], expectation.readings(case)
+
+    def __iter__(self):
+        yield from self._made
+        for want in self._others:
+            self._made.append(want)
+            yield want
+
+
+def _under_some_reading(case, result, wanted):
+    """All rules under one reading; of a second-order gradient, which the formula makes, under another."""
+    groups = [(_loss, _zero, _gradients, _metrics)]
+    if case.path == "create_graph":
+        groups = [(_loss, _zero, _metrics), (_gradients,)]
+    for rules in groups:
+        first = None
+        for want in wanted:
+            with np.errstate(all="ignore"):
+                finding = next((f for f in (rule(case, result, want) for rule in rules) if f is not None), None)
+            first = first or finding
+            if finding is None:
+                break
+        else:
+            return first
+    return None
+
+
+def check(case: Case, backend: str, isa: str | None, wanted=None) -> Finding | None:
     """Run and judge; on one thread and, where rows may be shared out, on two: the same to the bit."""
     result = run(case, backend, isa)
-    finding = judge(case, result)
+    finding = judge(case, result, wanted)
     if finding is None and case.student is not None and case.rows.numel() * case.classes >= 2 * 32768:
         other = run(case, backend, isa, threads=2)
         if other.error is not None or not result.same_bits(other):
             return Finding("threads", f"one thread gives {result.loss}, two give {other.loss} ({other.error})")
     return finding
-
-
-def _first(case, result, want):
-    found = (rule(case, result, want) for rule in (_loss, _zero, _gradients, _metrics))
-    return next((finding for finding in found if finding is not None), None)
 
 
 def _items(case, result):

@@ -178,10 +178,12 @@ def _fewer_classes(case):
     if case.head is not None:
         size = case.head.hidden.values.shape[-1]
         for keep in _parts(size):
+            changed = case
             for name in ("hidden", "weight"):
                 placed = getattr(case.head, name)
-                changed = _with(case, name, replace(placed, values=placed.values[..., keep].contiguous()))
-            yield _with(changed, "hidden", Placed(case.head.hidden.values[..., keep].contiguous()))
+                changed = _with(changed, name, replace(placed, values=placed.values[..., keep].contiguous()))
+            if keep:
+                yield changed
 
 
 def _classes(case, keep):

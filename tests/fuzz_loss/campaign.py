@@ -90,7 +90,12 @@ class Worker:
 
     def one(self, call, elapsed=0.0) -> float:
         """One call on the chosen backends; the seconds that went into making a failure smaller."""
-        made = make(self.seed, call)
+        try:
+            made = make(self.seed, call)
+        except Exception:
+            self.findings["error in the fuzzer"] += 1
+            print(f"\n=== call {call} of seed {self.seed}\n{traceback.format_exc()}", file=self.out, flush=True)
+            return 0.0
         chosen = self.chosen
         if getattr(made, "path", None) == "functorch" or isinstance(made, refusals.Refusal):
             chosen = [chosen[call % len(chosen)]]  # does not depend on the backend

@@ -10,7 +10,7 @@ from torch import Tensor
 import pydistill
 
 # How a tensor x may lie in memory: code (also of the printed example), the least number of dimensions, and whether
-# elements share memory. Memory around x is NaN, or the largest integer, so that reading it shows.
+# elements share memory. Memory around x holds NaN, or no class at all, so that reading it shows.
 LAYOUTS = {
     "as it is": ("x", 0, False),
     "transposed": ("x.transpose(0, -1).contiguous().transpose(0, -1)", 2, False),
@@ -38,7 +38,7 @@ class Placed:
     def tensor(self, values=None) -> Tensor:
         """The tensor in memory of its own; of other values, such as ones on an autograd graph, if given."""
         x = self.values.clone() if values is None else values
-        filler = math.nan if x.is_floating_point() else torch.iinfo(x.dtype).max
+        filler = math.nan if x.is_floating_point() else 2**31 - 1
         return eval(_COMPILED[self.layout], {"x": x, "torch": torch, "F": F, "nan": filler})
 
     def fits(self) -> bool:

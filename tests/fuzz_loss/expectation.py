@@ -404,7 +404,8 @@ class _HardPart:
         self.value[spoiled] = np.nan
         involved = np.full((n, classes), smoothing > 0)
         np.put_along_axis(involved, at, True, -1)
-        self.open = (masked & involved & (target == 0)).any(-1)
+        own_masked = np.take_along_axis(masked, at, -1)[:, 0] & (smoothing == 1)
+        self.open = (masked & involved & (target == 0)).any(-1) | own_masked
         total = target.sum(-1)
         softmax = np.exp(logs)
         pull = softmax * total[:, None]

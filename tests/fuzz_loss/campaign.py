@@ -70,7 +70,7 @@ class Worker:
         self.folder = None if folder is None else Path(folder)
         self.progress = None if folder is None else os.open(self.folder / "progress", os.O_CREAT | os.O_WRONLY)
         self.calls, self.findings, self.examples = Counter(), Counter(), {}
-        self.compiled, self.compiling = set(), 0.0
+        self.compiled, self.compiling, self.spent = set(), 0.0, 0.0
         warnings.simplefilter("ignore")
         torch.set_num_threads(1)
 
@@ -82,6 +82,7 @@ class Worker:
             if now >= end:
                 break
             end += self.one(call, now - started)
+            self.spent = time.monotonic() - end + seconds  # without the time for shrinking
             if self.folder is not None and now - noted > 1:
                 self.note()
                 noted = now
@@ -102,7 +103,7 @@ class Worker:
         wanted = None
         if isinstance(made, Case) and made.function != "loss_items":
             wanted = judging.Readings(made)
-        shrinking = 0.0
+        shrinking, reported = 0.0, set()
         for variant in chosen:
             if variant[0] == "numba" and self.too_much_compiling(made, elapsed):
                 continue
@@ -115,7 +116,8 @@ class Worker:
                 self.compiling += took
             self.calls[name_of(variant)] += 1
             if finding is not None:
-                shrinking += self.report(call, made, variant, finding)
+                shrinking += self.report(call, made, variant, finding, variant[0] not in reported)
+                reported.add(variant[0])
         return shrinking
 
     def find(self, made, variant, wanted):
@@ -138,12 +140,12 @@ class Worker:
         self.compiled.add(kind)
         return False
 
-    def report(self, call, made, variant, finding) -> float:
+    def report(self, call, made, variant, finding, new) -> float:
         started = time.monotonic()
         path = getattr(made, "path", "")
         kind = f"{finding.kind}, {variant[0]}" + (f", {path}" if path else "")
         self.findings[kind] += 1
-        if self.findings[kind] > 3 or len(self.examples) >= LARGEST_NUMBER_OF_EXAMPLES:
+        if not new or self.findings[kind] > 10 or len(self.examples) >= LARGEST_NUMBER_OF_EXAMPLES:
             return 0.0
         if isinstance(made, refusals.Refusal):
             text, form = finding.text, (kind, made.name)
@@ -163,7 +165,7 @@ class Worker:
     def note(self):
         if self.folder is None:
             return
-        counts = {"calls": self.calls, "findings": self.findings}
+        counts = {"calls": self.calls, "findings": self.findings, "spent": self.spent}
         fresh = self.folder / "counts.new"
         fresh.write_text(json.dumps(counts))
         fresh.replace(self.folder / "counts")
@@ -189,8 +191,8 @@ def smaller(case, variant, finding, find=find, seconds=SECONDS_FOR_SHRINKING):
 
 def campaign(seed, seconds, backend=None, isa=None) -> int:
     """Run workers for that long; print the summary. The number of findings."""
-    calls, findings, first, end = Counter(), Counter(), 0, time.monotonic() + seconds
-    while (left := end - time.monotonic()) > 0:
+    calls, findings, first, left = Counter(), Counter(), 0, seconds
+    while left > 0:
         with tempfile.TemporaryDirectory() as folder:
             command = [sys.executable, "-m", __package__, "--seed", str(seed), "--seconds", str(left)]
             command += ["--first", str(first), "--progress", folder]
@@ -200,6 +202,7 @@ def campaign(seed, seconds, backend=None, isa=None) -> int:
             counts = _read(Path(folder) / "counts")
             calls.update(counts.get("calls", {}))
             findings.update(counts.get("findings", {}))
+            left -= counts.get("spent", 0.0) + 1.0
             if code == 0:
                 break
             at = (Path(folder) / "progress").read_text().split() if (Path(folder) / "progress").exists() else []

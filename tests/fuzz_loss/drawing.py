@@ -335,16 +335,17 @@ class _Drawing:
         order = logits.nan_to_num(0.0).argsort(-1, descending=True)[..., :k]
         if self.chance(0.3):
             order = torch.from_numpy(np.argsort(self.numbers.random(logits.shape), -1))[..., :k]
-        shuffled = self.numbers.permutation(k)
-        order = order[..., shuffled]
+        order = order[..., self.numbers.permutation(k)]
+        values = self.place(logits.gather(-1, order))
+        if values.overlaps:  # its numbers were changed
+            logits = logits.scatter(-1, order, values.values)
         partition = (logits.double() / temperature).logsumexp(-1)
         partitions = {temperature: partition} if tail == "bucket" or self.chance(0.3) else {}
-        kind = self.of(torch.int64, torch.int32)
-        values = logits.gather(-1, order)
+        indices = order.to(self.of(torch.int64, torch.int32)).contiguous()
         return Teacher(
             "from_topk",
-            self.place(values),
-            indices=self.place(order.to(kind).contiguous(), classes_differ=True),
+            values,
+            indices=self.place(indices, classes_differ=True),
             num_classes=classes,
             partitions=partitions,
             tail=tail,

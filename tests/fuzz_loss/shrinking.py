@@ -30,22 +30,26 @@ def shrink(case: Case, fails: Callable[[Case], bool], seconds: float = 20.0) -> 
 
 def _repeat(case, step, fails, deadline):
     """Take a step as often as it helps."""
-    tried = True
-    while tried:
-        tried = False
-        for candidate in step(case):
-            if time.monotonic() > deadline:
-                return case
-            if _same(candidate, case):
-                continue
-            try:
-                still = fails(candidate)
-            except Exception:  # the change made no valid call
-                continue
-            if still:
-                case, tried = candidate, True
-                break
+    smaller = case
+    while smaller is not None:
+        case = smaller
+        smaller = next((c for c in _valid(step(case)) if not _same(c, case) and _still(c, fails, deadline)), None)
     return case
+
+
+def _valid(candidates):
+    """Those before a change that this case does not allow."""
+    try:
+        yield from candidates
+    except Exception:
+        return
+
+
+def _still(candidate, fails, deadline):
+    try:
+        return time.monotonic() < deadline and fails(candidate)
+    except Exception:  # the change made no valid call
+        return False
 
 
 def _same(a, b):

@@ -175,14 +175,14 @@ def comment(text):
     return text.replace("\n", "\n# ")
 
 
-def smaller(case, variant, finding, find=find, seconds=SECONDS_FOR_SHRINKING):
+def smaller(case, variant, finding, find=find, seconds=None):
     """``(the smallest case, its finding)``, of the same kind."""
 
     def fails(candidate):
         other = find(candidate, variant)
         return other is not None and other.kind == finding.kind
 
-    small = shrink(case, fails, seconds)
+    small = shrink(case, fails, SECONDS_FOR_SHRINKING if seconds is None else seconds)
     return small, find(small, variant) or finding
 
 
@@ -251,7 +251,7 @@ def _summary(seed, calls, findings):
         print(f"{count:6d} findings: {kind}")
 
 
-def crash(seed, call, variant):
+def crash(seed, call, variant, seconds=60.0):
     """Make a crashing call smaller, each try in a forked child."""
     backend, _, isa = variant.partition("-")
     variant = (backend, isa or None)
@@ -276,5 +276,5 @@ def crash(seed, call, variant):
         print("# not again in a fresh process: memory that an earlier call had damaged?")
         print(written(made, *variant))
         return
-    small, finding = smaller(made, variant, finding, find, seconds=60.0)
+    small, finding = smaller(made, variant, finding, find, seconds)
     print(f"{written(small, *variant)}\n# {finding.text}", flush=True)

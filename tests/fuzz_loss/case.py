@@ -41,13 +41,16 @@ class Placed:
         filler = math.nan if x.is_floating_point() else 2**31 - 1
         return eval(_COMPILED[self.layout], {"x": x, "torch": torch, "F": F, "nan": filler})
 
+    def holds(self) -> bool:
+        """Whether the layout can hold a tensor of this shape."""
+        dims, x = LAYOUTS[self.layout][1], self.values
+        return x.dim() >= dims and (self.layout != "windows" or (x.dim() == 2 and x.numel() > 0))
+
     def fits(self) -> bool:
         """Whether the layout can hold these values."""
-        _, dims, overlaps = LAYOUTS[self.layout]
-        x = self.values
-        if x.dim() < dims or (self.layout == "windows" and (x.dim() != 2 or len(x) == 0)):
+        if not self.holds():
             return False
-        return not overlaps or torch.equal(self.tensor().nan_to_num(12.5), x.nan_to_num(12.5))
+        return not self.overlaps or torch.equal(self.tensor().nan_to_num(12.5), self.values.nan_to_num(12.5))
 
     @property
     def overlaps(self) -> bool:

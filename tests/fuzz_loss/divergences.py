@@ -72,7 +72,8 @@ def soft_term(
     log_q = np.where((log_p == -INF) & (np.exp(log_q) < smallest), -INF, log_q)
     log_p = np.where((log_q == -INF) & (np.exp(log_p) < smallest), -INF, log_p)
     if divergence == "dkd":
-        within_q, within_p = (_others_log_softmax(x, temperature, labels) for x in (student, teacher))
+        within_q, within_p = (_within(_others_log_softmax(x, temperature, labels), largest) for x in (student, teacher))
+        within_p = np.where((within_q == -INF) & (np.exp(within_p) < smallest), -INF, within_p)
         return _dkd(Real(beta), log_p, log_q, within_p, within_q, labels)
     value, h = _pointwise(divergence, beta, log_p, log_q)
     unsettled = _unsettled(divergence, log_p, log_q, rounding, np.exp(log_q))

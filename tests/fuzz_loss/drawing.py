@@ -278,7 +278,7 @@ class _Drawing:
         if classes_differ and layout in ("windows", "one class for all"):
             return Placed(values)
         if LAYOUTS[layout][2] and values.numel():
-            if layout == "windows" and values.dim() != 2:
+            if not Placed(values, layout).holds():
                 return Placed(values)
             values = Placed(values, layout).tensor().contiguous().clone()
         placed = Placed(values, layout)

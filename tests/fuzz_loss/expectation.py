@@ -249,7 +249,13 @@ class _Logits:
         if teacher.form not in ("from_topk", "top_k"):
             made = cls.of_values(converted)
             best, clear = _first_maximum(original)
-            made.clear = made.clear & clear & (made.best == best)
+            flushed = np.where(np.abs(converted) < np.finfo(np.float32).tiny, 0, converted)  # as by a conversion
+            made.clear = (
+                made.clear
+                & clear
+                & (made.best == best)
+                & (dtype == given.dtype or made.best == _first_maximum(flushed)[0])
+            )
             return made
         indices = rows_of(targets.indices).numpy()
         if targets.tail == "renormalize" or indices.shape[1] == case.classes:
@@ -356,8 +362,10 @@ class _SoftPart:
             extra = np.maximum(*(np.abs(side.value - term.value) for side in sides))
             extra_direction = np.maximum(*(norm(side.direction - term.direction) for side in sides))
             undecided = [np.isinf(side.value) != np.isinf(term.value) for side in sides]
-            term.unchecked |= np.logical_or(*undecided)
-            extra = np.where(np.logical_or(*undecided), INF, np.where(np.isnan(extra), 0, extra))
+            undecided.append(teacher.partition_rounding > _LARGEST_DISTURBANCE)
+            undecided = np.logical_or.reduce(undecided)
+            term.unchecked |= undecided
+            extra = np.where(undecided, INF, np.where(np.isnan(extra), 0, extra))
             extra_direction = np.where(np.isnan(extra_direction), 0, extra_direction)
         self.value = factor * term.value
         self.nan = np.isnan(term.direction).all(-1)
@@ -370,6 +378,7 @@ class _SoftPart:
         in_loss = precision.loss * (finite + term.unit) + extra
         loss_by = disturbance if case.path == "create_graph" else of_formula
         self.bound = factor * (in_loss + disturbed(loss_by, 1 + finite + term.mass))
+        tiny = Real(np.finfo(np.float64 if precision is _DOUBLE else np.float32).tiny) * 2
         steep = factor / temperature
         self.gradient = steep * term.direction
         self.gradient_bound = steep * (
@@ -377,6 +386,7 @@ class _SoftPart:
             + _PARTS * precision.ulp * term.parts
             + term.unsettled
             + extra_direction
+            + (2 * tiny if divergence == "mse" else 0)  # denormal logits may be read as 0
             + disturbed(of_formula, term.base + term.parts)
         )
         same = teacher.indices is None and teacher.values.shape == student.values.shape
@@ -467,7 +477,8 @@ def _of_leaves(case, precision, student, logits):
     steep = _scaled(counts[:, None] * Real(1), logits.values * student.slopes)
     largest = np.where(counts, np.abs(student.slopes).max(-1), 0)
     cap = case.option("softcap")
-    of_slope = 0 if cap is None else 4 * (student.disturbance / cap + 8 * precision.ulp) * largest
+    # The slope of a soft cap is 1 - tanh^2: where tanh is near 1, torch's own has an absolute error of some roundings.
+    of_slope = 0 if cap is None else 4 * (student.disturbance / cap + 8 * precision.ulp) * case.option("logit_scale")
     bound = _scaled(counts * Real(1), logits.bound * largest + of_slope * norm(logits.values))
     # In a half dtype the products' factors are rounded to it; sums of n products in any order are off by n roundings.
     factor = 2 * _ROUNDING[dtype]

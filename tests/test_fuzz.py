@@ -67,8 +67,8 @@ def lost_agreement(outcome, _):
 )
 def test_planted_mistake_is_found_and_made_small(monkeypatch, change, kind):
     def suits(case):
-        wide = case.dtype in (torch.float32, torch.float64)
-        return of_logits(case) and case.path == "engine" and wide and case.rows.numel() * case.classes < 2000
+        small = of_logits(case) and case.rows.numel() * case.classes < 2000
+        return small and case.path == "engine" and case.dtype in (torch.float32, torch.float64)
 
     right = [case for case in cases("planted", suits, 40) if judging.check(case, *TORCH) is None]
     assert len(right) > 30
@@ -122,8 +122,10 @@ def test_oracle_agrees_with_the_float64_reference():
         return moderate and not ends and case.option("temperature") >= 0.3
 
     compared = 0
-    for case in cases("oracle", suits, 300):
-        (want, *_) = judging.Readings(case)
+    for case in cases("oracle", suits, 400):
+        want = next(iter(judging.Readings(case)))
+        if not (want.gradients["student"].bound > 0).any():
+            continue  # no row counts
         got_loss, got = by_reference(case)
         exact = want.gradients["student"]
         scale = 1e-9 / (1e-12 if case.dtype == torch.float64 else 1e-6)
@@ -134,7 +136,7 @@ def test_oracle_agrees_with_the_float64_reference():
         error = np.sqrt(((np.asarray(exact.values, np.float64) - got)[rows] ** 2).sum(-1))
         assert (error <= 1e-9 * np.sqrt((got[rows] ** 2).sum(-1)) + 2e-3 * exact.bound[rows]).all(), case
         compared += bool(rows.any())
-    assert compared > 250
+    assert compared > 300
 
 
 def by_reference(case):
@@ -146,12 +148,12 @@ def by_reference(case):
     wide = torch.float64 if case.dtype == torch.float64 else torch.float32
     grad_output = case.grad_output
     if case.option("reduction") == "none":
-        grad_output = (torch.ones(case.rows) * torch.as_tensor(grad_output)).reshape(-1)
+        grad_output = (torch.ones(case.rows, dtype=torch.float64) * grad_output).reshape(-1)
     loss, gradient = reference.loss_and_gradient(
         case.student.values.reshape(-1, classes),
         case.teacher.values.values.reshape(-1, classes).to(wide),
         flat["labels"],
-        grad_output=torch.as_tensor(grad_output).double(),
+        grad_output=torch.as_tensor(grad_output, dtype=torch.float64),
         sample_weight=None if flat["sample_weight"] is None else flat["sample_weight"].to(wide),
         class_weight=None if case.class_weight is None else case.class_weight.values.to(wide),
         **options,
@@ -184,7 +186,7 @@ def test_oracle_agrees_with_the_reference_of_top_k_teachers():
         want = reference.topk_divergence(
             case.option("divergence"), *flat, temperature, partition=partition, beta=case.option("beta")
         )
-        got, *_ = judging.Readings(case)
+        got = next(iter(judging.Readings(case)))
         assert np.allclose(np.asarray(got.soft, np.float64), want.numpy(), rtol=1e-9, atol=1e-9), case
 
 
@@ -207,7 +209,7 @@ def test_printed_code_is_the_call():
 
 
 def test_call_of_a_seed_is_always_the_same():
-    for number in range(30):
+    for number in range(8):
         assert written(draw(f"same:{number}"), *TORCH) == written(draw(f"same:{number}"), *TORCH)
 
 

@@ -15,12 +15,12 @@ LAYOUTS = {
     "as it is": ("x", 0, False),
     "transposed": ("x.transpose(0, -1).contiguous().transpose(0, -1)", 2, False),
     "classes in dimension 1": ("x.movedim(-1, 1).contiguous().movedim(1, -1)", 3, False),
-    "from the second element": ("F.pad(x.flatten(), (1, 0), value=nan)[1:].view(x.shape)", 1, False),
-    "from the fourth element": ("F.pad(x.flatten(), (3, 0), value=nan)[3:].view(x.shape)", 1, False),
-    "padded at the end": ("F.pad(x, (0, 3), value=nan)[..., :-3]", 1, False),
-    "padded at the start": ("F.pad(x, (1, 4), value=nan)[..., 1:-4]", 1, False),
-    "every second class": ("F.pad(x.unsqueeze(-1), (0, 1), value=nan)[..., 0]", 1, False),
-    "every second row": ("torch.stack([x, torch.full_like(x, nan)], 1)[:, 0]", 1, False),
+    "from the second element": ("F.pad(x.flatten(), (1, 0), value=filler)[1:].view(x.shape)", 1, False),
+    "from the fourth element": ("F.pad(x.flatten(), (3, 0), value=filler)[3:].view(x.shape)", 1, False),
+    "padded at the end": ("F.pad(x, (0, 3), value=filler)[..., :-3]", 1, False),
+    "padded at the start": ("F.pad(x, (1, 4), value=filler)[..., 1:-4]", 1, False),
+    "every second class": ("F.pad(x.unsqueeze(-1), (0, 1), value=filler)[..., 0]", 1, False),
+    "every second row": ("torch.stack([x, torch.full_like(x, filler)], 1)[:, 0]", 1, False),
     "one row for all": ("x[:1].expand(x.shape)", 2, True),
     "one class for all": ("x[..., :1].expand(x.shape)", 1, True),
     "windows": ("torch.cat([x[0], x[1:, -1]]).unfold(0, x.shape[-1], 1)", 2, True),
@@ -39,7 +39,7 @@ class Placed:
         """The tensor in memory of its own; of other values, such as ones on an autograd graph, if given."""
         x = self.values.clone() if values is None else values
         filler = math.nan if x.is_floating_point() else 2**31 - 1
-        return eval(_COMPILED[self.layout], {"x": x, "torch": torch, "F": F, "nan": filler})
+        return eval(_COMPILED[self.layout], {"x": x, "torch": torch, "F": F, "filler": filler})
 
     def holds(self) -> bool:
         """Whether the layout can hold a tensor of this shape."""
@@ -193,7 +193,11 @@ DEFAULTS = {
 def written(case: Case, backend: str, isa: str | None) -> str:
     """A script that makes the call and prints what comes out."""
     lines = ["from math import inf, nan", "import torch, pydistill", "import torch.nn.functional as F", ""]
-    lines += [f"def {_function_name(name)}(x):  # {name}\n    return {code}\n" for name, code in _layouts_of(case)]
+    for name, code in _layouts_of(case):
+        lines.append(f"def {_function_name(name)}(x):")
+        if "filler" in code:
+            lines.append("    filler = nan if x.is_floating_point() else 2**31 - 1")
+        lines.append(f"    return {code}\n")
     arguments, leaves = _arguments(case, lines)
     lines.append("")
     choice = f'"{backend}"' + (f', isa="{isa}"' if isa else "")

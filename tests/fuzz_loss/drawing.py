@@ -373,8 +373,8 @@ class _Drawing:
         ignore = options.get("ignore_index", -100)
         labels = self.numbers.integers(classes, size=rows)
         dtype = self.of(torch.int64, torch.int64, torch.int32)
-        if self.chance(0.5) and abs(ignore) < 2**31:
-            share = self.of(0.3, 0.7, 1.0)
+        if self.chance(0.4) and abs(ignore) < 2**31:
+            share = self.of(0.2, 0.3, 0.7, 1.0)
             labels = np.where(self.numbers.random(rows) < share, ignore, labels)
         return self.place(torch.from_numpy(np.asarray(labels)).to(dtype))
 
@@ -382,7 +382,7 @@ class _Drawing:
         if self.chance(0.7):
             return None
         weight = self.numbers.random(rows) * self.of(1.0, 3.0, 1e-3, 1e4)
-        weight = np.where(self.numbers.random(rows) < self.of(0.0, 0.3, 1.0), 0.0, weight)
+        weight = np.where(self.numbers.random(rows) < self.of(0.0, 0.0, 0.3, 0.3, 1.0), 0.0, weight)
         dtype = self.of(torch.float32, torch.float32, torch.float64, torch.float16, torch.bfloat16)
         return self.place(torch.from_numpy(np.asarray(weight)).to(dtype))
 

@@ -21,7 +21,8 @@ class Soft:
     """The soft term of every row, without alpha, T^2 and weights. All but ``direction`` are (N,).
 
     direction: T times the gradient with respect to the logits, (N, C). base: the norms that DESIGN's bound of the
-    gradient adds up. parts: the norms of h and q sum(h), whose difference the gradient is. mass: sum of abs(h), the
+    gradient adds up. parts: the norms of h and q sum(h), whose difference the gradient is; what of h is more than q
+    (a probability times a large difference of logarithms) counts with the relative error of its exponential. mass: sum of abs(h), the
     largest change of the value for a change of 1 in all log-probabilities. unsettled: how far the gradient
     may be off since a sign of q - p is not settled by the rounded logits. unchecked: rows whose gradient DESIGN leaves
     open.
@@ -135,11 +136,13 @@ def _log1mexp(x):
 
 def _soft(value, h, q, p, unsettled):
     pull = q * h.sum(-1, keepdims=True)
+    # exp(u) is off by u roundings, which matters where a probability of e^-20 is multiplied by 1e30
+    excess = np.maximum(np.abs(h) - 4 * q, 0) * (1 + np.where(q > 0, np.abs(np.log(np.where(q > 0, q, 1))), 0))
     return Soft(
         value,
         h - pull,
         base=norm(q) + norm(p),
-        parts=norm(h) + norm(pull),
+        parts=norm(h) + norm(pull) + norm(excess) + norm(q) * excess.sum(-1),
         mass=np.abs(h).sum(-1),
         unsettled=unsettled,
         unchecked=np.zeros(len(value), bool),

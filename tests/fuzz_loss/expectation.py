@@ -199,7 +199,7 @@ def _given_items(case):
 
 
 def _scale(case, weight, counts, items):
-    """A row's weight over the denominator. A denominator of 0 with rows that count (class weights of 0) is 0 / 0."""
+    """A row's weight over the denominator; NaN for one of 0 with rows that count, all of class weight 0: not finite."""
     scale = np.where(counts, weight, 0)
     if case.option("reduction") != "mean":
         return scale
@@ -458,12 +458,16 @@ def _gradient(case, weighted) -> Gradient:
         values += _scaled(scale[:, None], part.gradient)
         bound += _scaled(scale, part.gradient_bound)
         counts |= scale != 0
-        nan |= (scale != 0) & (part.nan | np.isnan(scale))
-        unchecked |= (scale != 0) & part.unchecked
+        nan |= (scale != 0) & part.nan
+        unchecked |= (scale != 0) & (part.unchecked | np.isnan(scale))
     values = values * (of_rows[:, None] if np.ndim(of_rows) else of_rows)
     # The gradient is rounded when it is stored, and again when a grad_output other than 1 multiplies it.
     steps = _smallest(case.dtype) * np.sqrt(Real(classes)) * (1 + np.abs(of_rows)) * counts
     bound = bound * np.abs(of_rows) + 2.02 * _ROUNDING[case.dtype] * norm(values) + steps
+    beyond = (np.abs(values) > torch.finfo(case.dtype).max).any(-1)
+    unchecked |= beyond & (case.dtype not in (torch.float16, torch.bfloat16))  # inf, or inf - inf on the way there
+    if case.path in ("functorch", "create_graph"):  # the formula's own intermediate results end before that
+        unchecked |= (np.abs(values) > 1e-3 * torch.finfo(torch.float32).max).any(-1) & (case.dtype != torch.float64)
     return Gradient(values, np.where(nan, 0, bound), nan & ~unchecked, unchecked)
 
 

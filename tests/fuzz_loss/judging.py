@@ -167,7 +167,7 @@ def _gradient(name, got, want, dtype):
     beyond = np.abs(want.values) > largest * (1 - 4 * Real(torch.finfo(dtype).eps))
     error = np.where(beyond & (np.abs(got) >= largest * 0.99), 0, error)
     size = expectation.norm(error)
-    wrong = checked & ~(size <= want.bound) & ~np.isinf(want.bound)
+    wrong = checked & ~(size <= want.bound) & np.isfinite(want.bound)
     if not wrong.any():
         return None
     row = int(wrong.argmax())

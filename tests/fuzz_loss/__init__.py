@@ -7,6 +7,7 @@ printed as code. One module per idea:
 - drawing: random calls;
 - running: a call, on the package;
 - divergences: each divergence and its gradient in long double;
+- logits: of student and teacher in long double, from whatever form they are given in;
 - expectation: what a call must give, and how far from it a correct result may be;
 - judging: what is wrong with a result;
 - refusals: calls that must be refused;

@@ -21,11 +21,11 @@ class Soft:
     """The soft term of every row, without alpha, T^2 and weights. All but ``direction`` are (N,).
 
     direction: T times the gradient with respect to the logits, (N, C). base: the norms that DESIGN's bound of the
-    gradient adds up. parts: the norms of h and q sum(h), whose difference the gradient is; what of h is more than q
-    (a probability times a large difference of logarithms) counts with the relative error of its exponential. mass: sum of abs(h), the
-    largest change of the value for a change of 1 in all log-probabilities. unsettled: how far the gradient
-    may be off since a sign of q - p is not settled by the rounded logits. unchecked: rows whose gradient DESIGN leaves
-    open.
+    gradient adds up. parts: the norms of h and q sum(h), whose difference the gradient is; what of h is more than q,
+    a probability times a large difference of logarithms, counts with the relative error of its exponential. mass: sum
+    of abs(h), the largest change of the value for a change of 1 in all log-probabilities. unsettled: how far the
+    gradient may be off since a sign of q - p is not settled by the rounded logits. unchecked: rows whose gradient
+    DESIGN leaves open. unit: what the loss's bound multiplies T^2 with.
     """
 
     value: np.ndarray

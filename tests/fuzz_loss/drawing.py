@@ -333,8 +333,9 @@ class _Drawing:
         """k classes in any order, not always the largest."""
         classes = logits.shape[-1]
         order = logits.nan_to_num(0.0).argsort(-1, descending=True)[..., :k]
-        if self.chance(0.3):
-            order = torch.from_numpy(np.argsort(self.numbers.random(logits.shape), -1))[..., :k]
+        other = torch.from_numpy(np.argsort(self.numbers.random(logits.shape), -1))[..., :k]
+        if self.chance(0.3) and bool(logits.gather(-1, other).isfinite().any(-1).all()):
+            order = other
         order = order[..., self.numbers.permutation(k)]
         values = self.place(logits.gather(-1, order))
         if values.overlaps:  # its numbers were changed

@@ -27,11 +27,10 @@ import torch
 
 from .case import Case
 from .divergences import INF, Real, bucket_term, log_softmax, norm, resolve, soft_term
+from .logits import ROUNDING, real, rows_of, student_logits, teacher_logits
 
 _PARTS = 4  # roundings
 _LARGEST_DISTURBANCE = 0.05
-# Relative error of one rounding.
-_ROUNDING = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0**-24, torch.float64: 2.0**-53}
 
 
 @dataclass
@@ -79,26 +78,21 @@ _SINGLE = _Precision(1e-6, 2e-6, 2.0**-24, 1e-36, 3e38)
 _DOUBLE = _Precision(1e-12, 1e-12, 2.0**-53, 1e-306, 1.7e308)
 
 
-def real(tensor) -> np.ndarray:
-    """A tensor's values as long double, exactly."""
-    return tensor.detach().double().numpy().astype(Real)
-
-
-def rows_of(tensor):
-    return tensor.reshape(-1, tensor.shape[-1])
-
-
 def readings(case: Case):
     """Every reading of DESIGN under which a result may be right, the plainest first; for any function but loss_items.
 
-    What float32 cannot tell from a probability of 0 may be taken as 0. A float64 teacher beside a float32 student
-    may be rounded to float32, or be read as it is.
+    What float32 (or float64, in which a backend may compute) cannot tell from a probability of 0 may be taken as 0. A
+    float64 teacher beside a float32 student may be rounded to float32, or be read as it is.
     """
     precision = _DOUBLE if case.dtype == torch.float64 else _SINGLE
     working = torch.float64 if case.dtype == torch.float64 else torch.float32
     wide = case.teacher is not None and case.teacher.values.values.dtype == torch.float64 != working
     for dtype in (working, torch.float64) if wide else (working,):
-        for ends in ({}, {"smallest": precision.smallest, "largest": precision.largest}):
+        for ends in (
+            {},
+            {"smallest": precision.smallest, "largest": precision.largest},
+            {"smallest": _DOUBLE.smallest},
+        ):
             with np.errstate(all="ignore"):
                 yield _expect(case, precision, working, dtype, ends)
 
@@ -112,8 +106,8 @@ def loss_items(case: Case):
 
 
 def _expect(case, precision, working, teacher_dtype, ends):
-    student = _Logits.of_student(case)
-    teacher = None if case.option("alpha") == 0 else _Logits.of_teacher(case, teacher_dtype)
+    student = student_logits(case)
+    teacher = None if case.option("alpha") == 0 else teacher_logits(case, teacher_dtype)
     weight, labels = _weights(case, working), _labels(case)
     soft_rows, hard_rows, _ = _counts(case, weight, labels)
     class_weight = None if case.class_weight is None else real(case.class_weight.values.to(working))
@@ -207,124 +201,6 @@ def _scale(case, weight, counts, items):
     if items == 0:
         return scale * 0 if given or not counts.any() else np.where(counts, np.nan, 0)
     return scale / items
-
-
-# --- Logits ---------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class _Logits:
-    """(N, C) logits and how far the package's own may be from them: (N,). ``top`` is their classes' order.
-
-    For a teacher with a bucket: values (N, k), their classes, and the log-partitions.
-    """
-
-    values: np.ndarray
-    disturbance: np.ndarray
-    best: np.ndarray
-    clear: np.ndarray
-    slopes: np.ndarray | None = None
-    indices: np.ndarray | None = None
-    partition: np.ndarray | None = None
-    partition_rounding: np.ndarray | None = None
-
-    @classmethod
-    def of_student(cls, case):
-        if case.student is not None:
-            return cls.of_values(rows_of(real(case.student.values)))
-        head = case.head
-        bias = None if head.bias is None else head.bias.values
-        given = case.option("softcap"), case.option("logit_scale")
-        return cls.of_head(head.hidden.values, head.weight.values, bias, *given)
-
-    @classmethod
-    def of_teacher(cls, case, dtype):
-        teacher, values = case.teacher, case.teacher.values.values
-        if teacher.form == "LinearTeacher":
-            bias = None if teacher.bias is None else teacher.bias.values
-            return cls.of_head(values, teacher.weight.values, bias, teacher.softcap, teacher.logit_scale)
-        targets = teacher.make([])
-        given = targets if teacher.form == "logits" else targets.logits
-        original, converted = (rows_of(real(x)) for x in (given, given.to(dtype)))
-        if teacher.form not in ("from_topk", "top_k"):
-            made = cls.of_values(converted)
-            best, clear = _first_maximum(original)
-            flushed = np.where(np.abs(converted) < np.finfo(np.float32).tiny, 0, converted)  # as by a conversion
-            made.clear = (
-                made.clear
-                & clear
-                & (made.best == best)
-                & (dtype == given.dtype or made.best == _first_maximum(flushed)[0])
-            )
-            return made
-        indices = rows_of(targets.indices).numpy()
-        if targets.tail == "renormalize" or indices.shape[1] == case.classes:
-            dense = np.full((len(indices), case.classes), -INF)
-            np.put_along_axis(dense, indices, converted, -1)
-            made = cls.of_values(dense)
-            np.put_along_axis(dense, indices, original, -1)
-            best, clear = _first_maximum(dense)
-            made.clear = made.clear & clear & (made.best == best)
-            np.put_along_axis(dense, indices, converted, -1)
-            return made
-        made = cls.of_values(converted)
-        made.best = np.take_along_axis(indices, np.maximum(made.best, 0)[:, None], -1)[:, 0]
-        best, clear = _first_maximum(original)
-        made.clear = (
-            made.clear & clear & (made.best == np.take_along_axis(indices, np.maximum(best, 0)[:, None], -1)[:, 0])
-        )
-        made.indices = indices
-        temperature = case.option("temperature")
-        made.partition = real(targets.log_partitions[temperature]).reshape(-1)
-        size = np.where(np.isfinite(converted), np.abs(converted), 0).max(-1) / temperature
-        made.partition_rounding = 8 * 2.0**-53 * (1 + size + np.abs(made.partition))
-        if given.dtype != dtype:
-            made.partition_rounding = made.partition_rounding + 2.0**-24 * size
-        return made
-
-    @classmethod
-    def of_values(cls, values):
-        disturbance = np.zeros(len(values), Real)
-        return cls(values, disturbance, *_first_maximum(values))
-
-    @classmethod
-    def of_head(cls, hidden, weight, bias, softcap, scale):
-        """Products in the dtype of the weight; of numbers with few digits they are exact."""
-        h, w = rows_of(real(hidden)), real(weight)
-        b = 0 if bias is None else real(bias)
-        product = h @ w.T + b
-        size = np.abs(h) @ np.abs(w).T + np.abs(b)
-        ulp = 2.0**-53 if weight.dtype == torch.float64 else 2.0**-24
-        rounded = ulp * (h.shape[1] + 1) * size
-        digits = 2.0**6
-        whole = all((x * digits == np.round(x * digits)).all() for x in (h, w, np.asarray(b, Real)))
-        if whole and (size * digits**2 < 2.0**24).all():
-            rounded = rounded * 0
-        if weight.dtype in (torch.bfloat16, torch.float16):  # where the CPU multiplies in these, products are rounded
-            exact = real(torch.from_numpy(product.astype(np.float64)).to(weight.dtype)) == product
-            rounded = np.where(exact, rounded, rounded + 2 * _ROUNDING[weight.dtype] * size)
-        values = scale * product
-        rounded = scale * rounded + (0 if scale == 1 else ulp * np.abs(values))
-        slopes = np.full_like(values, scale)
-        if softcap is not None:
-            ratio = np.tanh(values / softcap)
-            values, slopes = softcap * ratio, slopes * (1 - ratio**2)
-            rounded = rounded + 4 * ulp * softcap
-        if weight.dtype in (torch.bfloat16, torch.float16) and (scale != 1 or softcap is not None):
-            rounded = rounded + 4 * _ROUNDING[weight.dtype] * np.abs(values)
-        disturbance = np.where(np.isfinite(rounded), rounded, 0).max(-1)
-        best, clear = _first_maximum(values)
-        return cls(values, disturbance, best, clear & (disturbance == 0), slopes)
-
-
-def _first_maximum(values):
-    """``(index, whether it is beyond doubt)``; -1 for a row with NaN, which agrees with nothing.
-
-    Of rows with +inf, or of -inf only, the contract does not say which class they mean.
-    """
-    nan = np.isnan(values).any(-1)
-    best = np.where(nan, -1, np.where(np.isnan(values), -INF, values).argmax(-1))
-    return best, nan | np.isfinite(values.max(-1))
 
 
 # --- The two terms --------------------------------------------------------------------------------------------
@@ -463,7 +339,7 @@ def _gradient(case, weighted) -> Gradient:
     values = values * (of_rows[:, None] if np.ndim(of_rows) else of_rows)
     # The gradient is rounded when it is stored, and again when a grad_output other than 1 multiplies it.
     steps = _smallest(case.dtype) * np.sqrt(Real(classes)) * (1 + np.abs(of_rows)) * counts
-    bound = bound * np.abs(of_rows) + 2.02 * _ROUNDING[case.dtype] * norm(values) + steps
+    bound = bound * np.abs(of_rows) + 2.02 * ROUNDING[case.dtype] * norm(values) + steps
     beyond = (np.abs(values) > torch.finfo(case.dtype).max).any(-1)
     unchecked |= beyond & (case.dtype not in (torch.float16, torch.bfloat16))  # inf, or inf - inf on the way there
     if case.path in ("functorch", "create_graph"):  # the formula's own intermediate results end before that
@@ -485,9 +361,9 @@ def _of_leaves(case, precision, student, logits):
     of_slope = 0 if cap is None else 4 * (student.disturbance / cap + 8 * precision.ulp) * case.option("logit_scale")
     bound = _scaled(counts * Real(1), logits.bound * largest + of_slope * norm(logits.values))
     # In a half dtype the products' factors are rounded to it; sums of n products in any order are off by n roundings.
-    factor = 2 * _ROUNDING[dtype]
+    factor = 2 * ROUNDING[dtype]
     classes, n = case.classes, len(hidden)
-    single = _ROUNDING[torch.float64 if dtype == torch.float64 else torch.float32]
+    single = ROUNDING[torch.float64 if dtype == torch.float64 else torch.float32]
     of_sum = factor + single * (classes + 2)
     hidden_values = steep @ weight
     hidden_bound = bound * norm(norm(weight)[None])[0] + of_sum * norm(np.abs(steep) @ np.abs(weight))

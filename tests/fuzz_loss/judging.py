@@ -8,7 +8,8 @@ import torch
 from . import expectation
 from .case import Case
 from .divergences import Real
-from .expectation import Expectation, real
+from .expectation import Expectation
+from .logits import real, wrong_targets
 from .running import Result, run
 
 
@@ -31,6 +32,8 @@ def judge(case: Case, result: Result, wanted=None) -> Finding | None:
     finding = _form(case, result)
     if finding is not None:
         return finding
+    if case.teacher is not None and (text := wrong_targets(case.teacher)) is not None:
+        return Finding("targets", text)
     return _under_some_reading(case, result, wanted or Readings(case))
 
 

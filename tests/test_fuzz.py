@@ -18,6 +18,7 @@ from fuzz_loss.drawing import draw
 from pydistill.engine import torch_reference
 
 TORCH = ("torch", None)
+pytestmark = pytest.mark.filterwarnings("ignore:student_logits .* with labels")
 
 
 def cases(seed, suits, count):

@@ -87,10 +87,12 @@ def _plainer(case) -> Iterator[Case]:
             yield replace(case, **{name: None})
     if case.head is not None and case.head.bias is not None:
         yield replace(case, head=replace(case.head, bias=None))
+    one_term = case.function == "loss_items" or case.option("alpha") in (0, 1)
     for name in case.options:
-        yield case.with_options(**{name: None})
-    for alpha in (1.0, 0.0):
-        if case.function != "loss_items" and case.option("alpha") != alpha:
+        if name != "alpha" or not one_term:
+            yield case.with_options(**{name: None})
+    for alpha in (1.0, 0.0):  # one term is simpler than two
+        if not one_term:
             changed = case.with_options(alpha=alpha)
             yield replace(changed, teacher=None) if alpha == 0 else replace(changed, labels=None)
             yield changed
@@ -228,10 +230,10 @@ def _simpler_options(case):
         ("chunk_rows", (1,)),
     ):
         value = case.options.get(name)
-        if value is None:
-            continue
         if isinstance(value, Tensor):
             yield case.with_options(**{name: value.item()})
+        if value is None or (name == "alpha" and case.option("alpha") in (0, 1)):
+            continue
         for number in simple:
             if not isinstance(value, tuple | Tensor) and value not in simple and value != DEFAULTS.get(name):
                 yield case.with_options(**{name: number})

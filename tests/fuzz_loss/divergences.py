@@ -109,7 +109,7 @@ def bucket_term(
     wide = share * h[:, -1:]
     np.put_along_axis(wide, indices, h[:, :-1], -1)
     unsettled = _unsettled(divergence, log_p, log_outcomes, rounding, np.exp(log_outcomes))
-    soft = _soft(value, wide, np.exp(log_q), np.exp(log_p), unsettled)
+    soft = _soft(value, wide, np.exp(log_q), np.exp(log_p), unsettled, h.sum(-1))
     spoiled = np.isnan(log_outcomes).any(-1) | np.isnan(log_p).any(-1)
     soft.value[spoiled], soft.direction[spoiled] = np.nan, np.nan
     return soft
@@ -134,8 +134,9 @@ def _log1mexp(x):
     return np.where(x > -0.5, np.log(-np.expm1(x)), np.log1p(-np.exp(x)))
 
 
-def _soft(value, h, q, p, unsettled):
-    pull = q * h.sum(-1, keepdims=True)
+def _soft(value, h, q, p, unsettled, h_sum=None):
+    """``h_sum`` where it is not that of ``h``: a rest without classes has a derivative, but no class to take it."""
+    pull = q * (h.sum(-1) if h_sum is None else h_sum)[:, None]
     # exp(u) is off by u roundings, which matters where a probability of e^-20 is multiplied by 1e30
     excess = np.maximum(np.abs(h) - 4 * q, 0) * (1 + np.where(q > 0, np.abs(np.log(np.where(q > 0, q, 1))), 0))
     return Soft(

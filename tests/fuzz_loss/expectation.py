@@ -20,7 +20,7 @@ and 1e-12 for float64. A half gradient is besides rounded to its dtype. What is 
 - A bucket's teacher has the rest 1 - exp(difference of two log-sum-exps). Its rounding is tried out on both sides.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -228,6 +228,9 @@ class _SoftPart:
                 divergence, beta, temperature, student.values, teacher.indices, teacher.values, partition, **options
             )
 
+        if formula and teacher.partition is not None:  # torch's own, in the loss's dtype
+            size = _largest(teacher.values) / temperature + np.abs(teacher.partition)
+            teacher = replace(teacher, partition_rounding=teacher.partition_rounding + 8 * precision.ulp * (1 + size))
         if teacher.partition is None:
             safe = None if labels is None else np.clip(np.where(_labelled(case, labels), labels, 0), 0, None)
             term = soft_term(divergence, beta, temperature, student.values, teacher.values, safe, **options)

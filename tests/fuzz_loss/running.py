@@ -21,14 +21,13 @@ class Result:
     error: Exception | None = None
 
     def same_bits(self, other) -> bool:
-        def equal(a, b):
-            return a.dtype == b.dtype and torch.equal(a.contiguous().view(-1).view(torch.uint8), _bytes(b))
+        """Whether loss and gradients are the same to the bit, but for which NaN it is."""
+        pairs = [(self.loss, other.loss), *((g, other.gradients[n]) for n, g in self.gradients.items())]
+        return all(torch.equal(_bits(a), _bits(b)) for a, b in pairs)
 
-        return equal(self.loss, other.loss) and all(equal(g, other.gradients[n]) for n, g in self.gradients.items())
 
-
-def _bytes(tensor):
-    return tensor.contiguous().view(-1).view(torch.uint8)
+def _bits(tensor):
+    return torch.where(tensor.isnan(), torch.nan, tensor).contiguous().view(-1).view(torch.uint8)
 
 
 def run(case: Case, backend: str, isa: str | None = None, threads: int = 1) -> Result:

@@ -265,7 +265,7 @@ class _SoftPart:
             + _PARTS * precision.ulp * term.parts
             + term.unsettled
             + extra_direction
-            + (2 * tiny if divergence == "mse" else 0)  # denormal logits may be read as 0
+            + (2 * (tiny + of_formula) if divergence == "mse" else 0)  # denormal logits may be read as 0
             + disturbed(of_formula, term.base + term.parts)
         )
         same = teacher.indices is None and teacher.values.shape == student.values.shape

@@ -55,7 +55,11 @@ def teacher_logits(case, dtype) -> Logits:
     if teacher.form == "LinearTeacher":
         bias = None if teacher.bias is None else teacher.bias.values
         head = teacher.values.values, teacher.weight.values, bias
-        return _of_head(*head, teacher.softcap, teacher.logit_scale)
+        made = _of_head(*head, teacher.softcap, teacher.logit_scale)
+        if teacher.weight.values.dtype == torch.float64 != dtype:  # the product is converted too
+            made.disturbance = made.disturbance + ROUNDING[dtype] * np.abs(made.values).max(-1)
+            made.clear[:] = False
+        return made
     targets = teacher.make([])
     given = targets if teacher.form == "logits" else targets.logits
     original, converted = rows_of(real(given)), rows_of(real(given.to(dtype)))

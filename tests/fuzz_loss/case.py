@@ -198,22 +198,18 @@ def written(case: Case, backend: str, isa: str | None) -> str:
         if "filler" in code:
             lines.append("    filler = nan if x.is_floating_point() else 2**31 - 1")
         lines.append(f"    return {code}\n")
-    arguments, leaves = _arguments(case, lines)
+    leaves = _make_tensors(case, lines)
     lines.append("")
     choice = f'"{backend}"' + (f', isa="{isa}"' if isa else "")
     lines.append(f"with pydistill.use_backend({choice}):")
-    call = _call(case, arguments)
+    call = _call(case)
     body = []
     result = "loss, metrics" if case.option("return_metrics") else "loss"
     grad_output = _value(case.grad_output)
     if case.function == "loss_items" or case.path == "no gradient":
         body += [f"{result} = {call}"]
     elif case.path == "functorch":
-        body += [f"def summed({', '.join(leaves)}):"]
-        if case.function.startswith("linear") or case.function.startswith("Linear"):
-            body += [f"    {result} = {call}"]
-        else:
-            body += [f"    {result} = {call}"]
+        body += [f"def summed({', '.join(leaves)}):", f"    {result} = {call}"]
         body += [f"    return (loss * {grad_output}).sum(), loss"]
         numbers = ", ".join(map(str, range(len(leaves))))
         body += [f"gradients, loss = torch.func.grad(summed, argnums=({numbers},), has_aux=True)({', '.join(leaves)})"]
@@ -240,10 +236,10 @@ def _layouts_of(case):
     return [(name, LAYOUTS[name][0]) for name in sorted(names)]
 
 
-def _arguments(case, lines):
-    """Lines that make the tensors; ``(names of the arguments, of the leaves)``."""
+def _make_tensors(case, lines):
+    """Add the lines that make the tensors; the names of the leaves."""
 
-    def define(name, placed, code=None):
+    def define(name, placed):
         literal = _value(placed.values)
         lines.append(f"{name} = {literal if placed.layout == 'as it is' else _apply(placed.layout, literal)}")
 
@@ -273,7 +269,7 @@ def _arguments(case, lines):
     for name in ("labels", "sample_weight", "class_weight"):
         if getattr(case, name) is not None:
             define(name, getattr(case, name))
-    return case, leaves
+    return leaves
 
 
 def _apply(layout, argument):
@@ -303,7 +299,7 @@ def _teacher(teacher):
     return f"pydistill.SoftTargets.{teacher.form}({values})"
 
 
-def _call(case, _):
+def _call(case):
     options = {name: _value(value) for name, value in case.options.items()}
     options |= {name: name for name in ("sample_weight", "class_weight") if getattr(case, name) is not None}
     if case.function == "loss_items":
@@ -313,10 +309,7 @@ def _call(case, _):
     tensors.append("None" if case.teacher is None else "teacher")
     if case.labels is not None:
         tensors.append("labels")
-    if case.head is not None and case.head.bias is not None:
-        bias = ["student_bias=bias"]
-    else:
-        bias = []
+    bias = ["student_bias=bias"] if case.head is not None and case.head.bias is not None else []
     given = [f"{n}={v}" for n, v in options.items()]
     if case.function[0].isupper():
         return f"pydistill.{case.function}({', '.join(given)})({', '.join(tensors + bias)})"

@@ -251,6 +251,8 @@ def loss_formula(batch):
             label_smoothing=options.label_smoothing,
         )
         hard = torch.where(labelled_rows, weight * ce.reshape(zero.shape), zero)
+    if not batch.evaluates_soft and not batch.evaluates_hard:  # 0, of which a derivative can still be asked
+        soft = soft + 0 * student.sum(-1)
     if options.reduction != "none":
         soft, hard = soft.sum(), hard.sum()
     if options.reduction == "mean":

@@ -190,7 +190,11 @@ def _loss(student, teacher, labels, weights, options, chunk_rows, return_metrics
         if head is not None:
             with torch.no_grad():
                 teacher = head.logits()
-        counts = _rows_that_count(student.hidden.shape[:-1], labels, sample_weight=weights["sample_weight"], **options)
+        counts = (
+            None
+            if wants_op(student.hidden)
+            else _rows_that_count(student.hidden, labels, weights["sample_weight"], options)
+        )
         loss = distillation_loss(
             student.logits(counts), teacher, labels, **weights, **options, return_metrics=return_metrics
         )
@@ -238,16 +242,21 @@ def _loss(student, teacher, labels, weights, options, chunk_rows, return_metrics
     return (loss, make_metrics(outcome, logits)) if return_metrics else loss
 
 
-def _rows_that_count(shape, labels, *, sample_weight, ignore_index, unlabeled, alpha, **_):
-    """Mask of the rows with a term, as far as the arguments fit each other; None where all of them may have one."""
-    counts = None
-    if isinstance(labels, Tensor) and labels.shape == shape:
-        counts = labels.long() != ignore_index
-        if unlabeled == "distill":
-            counts = counts | (torch.as_tensor(alpha, device=labels.device) > 0)
-    if isinstance(sample_weight, Tensor) and sample_weight.shape == shape:
-        counts = sample_weight != 0 if counts is None else counts & (sample_weight != 0)
-    return counts
+def _rows_that_count(hidden, labels, sample_weight, options):
+    """Mask of the rows with a term, as far as the tensors, which are checked later, fit each other."""
+    checked = check_options(**options)
+
+    def fits(rows):
+        return isinstance(rows, Tensor) and rows.shape == hidden.shape[:-1] and rows.device == hidden.device
+
+    every = torch.ones(hidden.shape[:-1], dtype=torch.bool, device=hidden.device)
+    labelled = labels.long() != checked.ignore_index if fits(labels) else every
+    counts = ~every
+    if checked.alpha > 0 and checked.soft_items != 0:
+        counts = counts | (every if checked.unlabeled == "distill" else labelled)
+    if checked.alpha < 1 and checked.hard_items != 0:
+        counts = counts | labelled
+    return counts & (sample_weight != 0) if fits(sample_weight) else counts
 
 
 def _rows(hidden):

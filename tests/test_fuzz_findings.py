@@ -153,6 +153,8 @@ def test_accuracy_of_rows_without_a_term_is_nan(variant, compute):
     options = {"alpha": 1.0, "num_items": (0, 11.5), "return_metrics": True}
     _, metrics = pydistill.distillation_loss(torch.zeros(1, 2), torch.zeros(1, 2), torch.tensor([0]), **options)
     assert metrics.accuracy.isnan()
+    arguments = (torch.zeros(1, 1), torch.zeros(2, 1), torch.zeros(1, 2), torch.tensor([0]))
+    assert pydistill.linear_distillation_loss(*arguments, **options)[1].accuracy.isnan()
 
 
 @pytest.mark.parametrize("formula", [False, True], ids=["engine", "formula"])
@@ -210,6 +212,38 @@ def test_hidden_states_of_a_row_that_does_not_count_hold_anything(variant, skipp
         for x, y in zip(got, want, strict=True):
             assert y.isfinite().all()
             torch.testing.assert_close(x.detach(), y)
+
+
+@pytest.mark.parametrize("teacher_dtype", [torch.float16, torch.float32, torch.float64])
+def test_rows_of_a_head_of_which_some_do_not_count(variant, teacher_dtype):
+    hidden, weight = torch.randn(3, 2), torch.randn(4, 2)
+    teacher, labels = torch.randn(3, 4).to(teacher_dtype), torch.tensor([-100, 0, 3])
+    got = pydistill.linear_distillation_loss(hidden, weight, teacher, labels, reduction="none")
+    want = pydistill.distillation_loss(hidden @ weight.T, teacher, labels, reduction="none")
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("num_items", [0, (0, 0)])
+def test_no_items_anywhere_and_nan_behind_a_head(variant, num_items):
+    hidden, weight = torch.tensor([[NAN]], requires_grad=True), torch.zeros(2, 1, requires_grad=True)
+    teacher, labels = torch.zeros(1, 2), torch.tensor([1])
+
+    def loss(hidden, weight):
+        return pydistill.linear_distillation_loss(hidden, weight, teacher, labels, num_items=num_items)
+
+    for got in (
+        torch.autograd.grad(loss(hidden, weight), (hidden, weight)),
+        torch.autograd.grad(loss(hidden, weight), (hidden, weight), create_graph=True),
+        torch.func.grad(loss, (0, 1))(hidden.detach(), weight.detach()),
+    ):
+        assert not any(x.any() for x in got)
+
+
+def test_labels_of_a_head_on_another_device():
+    with pytest.raises(ValueError, match="labels and student_logits must be on one device, got labels on meta"):
+        pydistill.linear_distillation_loss(
+            torch.zeros(1, 1), torch.zeros(2, 1), torch.zeros(1, 2), torch.zeros(1, dtype=torch.int64, device="meta")
+        )
 
 
 def test_head_without_features_is_refused():

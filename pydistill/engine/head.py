@@ -177,7 +177,7 @@ def run(student, teacher, batch, engine, chunk_rows, dtypes, wanted=(False,) * 3
     halved = dtypes[0] is torch.float16 and options.reduction == "mean"
     unit = min((n for n in items if n > 0), default=1.0) if halved else 1.0
     gradients = _new_gradients(student, dtypes[0], wanted, kept is not None)
-    totals = _Totals(batch, soft_rows, labelled_rows, metrics)
+    totals = _Totals(batch, soft_rows, labelled_rows & counts, metrics)
     for start in range(0, rows, size):
         part = slice(start, min(start + size, rows))
         part = part if kept is None else kept[part]
@@ -267,7 +267,7 @@ class _Totals:
             self._looks_like_probs = outcome.teacher_sums_to_one
         for k, value in enumerate(outcome[:3]):
             if self._per_row:
-                self._sums[k][part] = value
+                self._sums[k][part] = torch.as_tensor(value, dtype=self._dtype)
             elif k == 0 or self._metrics:
                 self._sums[k] += float(value)
         if self._metrics:

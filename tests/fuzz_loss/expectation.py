@@ -145,7 +145,9 @@ def _expect(case, precision, working, teacher_dtype, ends):
         want.rows_of_zero = terms[0].exactly_zero
     # num_items of 0 says that no row counts, anywhere.
     counting = [rows & (g != 0) for rows, g in zip((soft_rows, hard_rows), given, strict=True)]
-    want.agreement, want.accuracy = _metrics(student, teacher, labels, *counting)
+    # A row without a term is not read, so that it has no argmax either.
+    with_a_term = sum(rows for rows, factor in zip(counting, factors, strict=True) if factor > 0) > 0
+    want.agreement, want.accuracy = _metrics(student, teacher, labels, counting[0], counting[1] & with_a_term)
     if case.path != "no gradient":
         weighted = [(f * s, part) for f, s, part in zip(factors, scales, terms, strict=True) if part is not None]
         want.gradients = _of_leaves(case, precision, student, _gradient(case, weighted))
@@ -357,6 +359,9 @@ def _of_leaves(case, precision, student, logits):
     hidden, weight = rows_of(real(case.head.hidden.values)), real(case.head.weight.values)
     counts = (logits.values != 0).any(-1) | (logits.bound > 0) | logits.nan | logits.unchecked
     dtype = case.dtype
+    # The products' factors are rounded to the dtype: a gradient of the logits beyond it is infinite there.
+    beyond = np.abs(np.where(logits.nan[:, None], 0, logits.values)).max(-1, initial=0) > torch.finfo(dtype).max
+    unchecked = logits.unchecked | beyond
     steep = _scaled(counts[:, None] * Real(1), logits.values * student.slopes)
     largest = np.where(counts, np.abs(student.slopes).max(-1), 0)
     cap = case.option("softcap")
@@ -370,9 +375,9 @@ def _of_leaves(case, precision, student, logits):
     of_sum = factor + single * (classes + 2)
     hidden_values = steep @ weight
     hidden_bound = bound * norm(norm(weight)[None])[0] + of_sum * norm(np.abs(steep) @ np.abs(weight))
-    gradients = {"hidden": Gradient(hidden_values, hidden_bound, logits.nan, logits.unchecked)}
+    gradients = {"hidden": Gradient(hidden_values, hidden_bound, logits.nan, unchecked)}
     counted = np.where(counts[:, None], hidden, 0)
-    spoiled = np.array([(logits.nan | logits.unchecked).any()])
+    spoiled = np.array([(logits.nan | unchecked).any()])
     of_rows = factor + single * (n + 2)
     weight_values = (steep.T @ counted).reshape(1, -1)
     weight_bound = (bound * norm(counted)).sum(keepdims=True)

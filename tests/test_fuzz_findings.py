@@ -63,6 +63,45 @@ def test_top_k_teacher_of_any_dtype(variant, dtype, tail):
 
 
 @paths
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_top_k_teacher_in_float64_of_large_logits(variant, compute, dtype):
+    """Rounded to float32 the logits had been 5e-4 off their log-partitions, which are float64."""
+    student = torch.zeros(1, 3).to(dtype)
+    teacher = pydistill.top_k(torch.tensor([[0.0, 9256.9, 9250.1]], dtype=torch.float64), 1, (2.0,))
+    options = {"alpha": 1.0, "temperature": 2.0}
+    got = compute(student, teacher, **options)
+    want = compute(student.double(), teacher, **options)
+    tolerance = 1e-5 if dtype is torch.float32 else 1e-2
+    torch.testing.assert_close(tuple(x.double() for x in got), want, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_float16_head_with_large_weights(variant, monkeypatch, reduction):
+    """As where products in float16 are native: its gradient had been infinite in them."""
+    monkeypatch.setattr("pydistill.engine.head._native", lambda dtype: True)
+    hidden, weight = (torch.randn(shape).half().requires_grad_() for shape in ((3, 4), (5, 4)))
+    teacher, labels, w = torch.randn(3, 5), torch.tensor([1, 4, 0]), torch.tensor([9000.0, 5000.0, 20.0])
+    options = {"sample_weight": w, "class_weight": torch.tensor([1.0, 75.0, 0.0, 1.0, 3.0]), "reduction": reduction}
+    loss = pydistill.linear_distillation_loss(hidden, weight, teacher, labels, **options)
+    got = torch.autograd.grad(loss / w.sum(), (hidden, weight))
+    wide = [x.detach().double().requires_grad_() for x in (hidden, weight)]
+    loss = pydistill.distillation_loss(wide[0] @ wide[1].T, teacher, labels, **options)
+    for x, y in zip(got, torch.autograd.grad(loss / w.sum(), wide), strict=True):
+        assert (x.double() - y).norm() < 0.01 * y.norm()
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
+def test_derivative_of_no_items_anywhere(variant, reduction, alpha):
+    student = torch.randn(2, 3, requires_grad=True)
+    options = (
+        {"alpha": alpha, "num_items": 0} if reduction == "mean" else {"alpha": alpha, "sample_weight": torch.zeros(2)}
+    )
+    loss = pydistill.distillation_loss(student, torch.randn(2, 3), torch.tensor([0, 1]), reduction=reduction, **options)
+    assert not torch.autograd.grad(loss.sum(), student, create_graph=True)[0].any()
+
+
+@paths
 @pytest.mark.parametrize("value", [INF, -INF, NAN])
 @pytest.mark.parametrize("side", [0, 1])
 def test_dkd_of_one_class_without_a_softmax_is_nan(variant, compute, side, value):

@@ -8,7 +8,7 @@ from torch import Tensor
 from pydistill.engine import backend
 from pydistill.engine.batch import Batch, Outcome
 from pydistill.engine.checks import check_dtensors, check_rows, in_forward_mode, in_functorch, is_batched
-from pydistill.formulas import counted_rows, denominators, loss_formula, rows_with_a_term
+from pydistill.formulas import counted_rows, denominators, loss_formula, narrow_top_k, rows_with_a_term
 
 
 class _Call:
@@ -146,7 +146,7 @@ def flatten(batch: Batch) -> Batch:
 
 def flatten_constants(batch: Batch) -> Batch:
     """All of a batch but the student's logits as :func:`flatten` does; these only get one dimension of rows."""
-    student, teacher, labels, sample_weight, class_weight, indices, partitions, options = batch
+    student, teacher, labels, sample_weight, class_weight, indices, partitions, options = narrow_top_k(batch)
     return Batch(
         student if student.dim() == 2 else student.reshape(-1, student.shape[-1]),
         None if teacher is None else _as_rows(teacher),

@@ -3,6 +3,7 @@
 The loss is the engine's; what is here are the matrix products around it.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -173,9 +174,7 @@ def run(student, teacher, batch, engine, chunk_rows, dtypes, wanted=(False,) * 3
     )
     ours = _Products(student, dtypes[0], size, want_gradient)
     theirs = None if teacher is None else _Products(teacher, dtypes[1], size, False)
-    # A float16 gradient that is divided by N underflows; it is divided after the products, which are wider.
-    halved = dtypes[0] is torch.float16 and options.reduction == "mean"
-    unit = min((n for n in items if n > 0), default=1.0) if halved else 1.0
+    unit = _unit(batch, items, weight) if dtypes[0] is torch.float16 and options.reduction != "none" else 1.0
     gradients = _new_gradients(student, dtypes[0], wanted, kept is not None)
     totals = _Totals(batch, soft_rows, labelled_rows & counts, metrics)
     for start in range(0, rows, size):
@@ -196,6 +195,20 @@ def run(student, teacher, batch, engine, chunk_rows, dtypes, wanted=(False,) * 3
     if rows == 0:
         gradients = [None if x is None else x.zero_() for x in gradients]
     return Pass(totals.outcome(items), tuple(_finished(gradients, student, unit)))
+
+
+def _unit(batch, items, weight) -> float:
+    """Factor of a float16 gradient in the products, and divided out after them, where sums are wider.
+
+    Divided by N the gradient would underflow, and times a large weight overflow: with it the row of the largest weight
+    has the gradient of its own loss.
+    """
+    largest = float(weight.max()) if weight.numel() else 1.0
+    if batch.class_weight is not None:
+        largest *= max(1.0, float(batch.class_weight.max()))
+    if not 0 < largest < math.inf:
+        return 1.0
+    return min((n for n in items if n > 0), default=1.0) / largest if batch.options.reduction == "mean" else 1 / largest
 
 
 def _chunk_size(chunk_rows, rows, classes, student, teacher, dtypes, want_gradient, threads) -> int:

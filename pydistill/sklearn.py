@@ -49,8 +49,9 @@ class DistilledClassifier(ClassifierMixin, BaseEstimator):
         \text{alpha}\, T^2\, \mathrm{KL}(\text{teacher}_T, \text{student}_T)
         + (1 - \text{alpha})\, \mathrm{CE}(\text{student}, y)
 
-    with Adam in float32, or in float64 where ``student`` is float64. ``predict``, ``predict_proba`` (the student's
-    softmax at T = 1) and ``score`` use the student alone.
+    with Adam. The student that is made of ``hidden_layer_sizes`` learns in float64, so that rounding does not depend on
+    the order of the rows, and is kept in float32; a student of your own learns in its own precision. ``predict``,
+    ``predict_proba`` (the student's softmax at T = 1) and ``score`` use the student alone.
 
     The features are not scaled: put a ``StandardScaler`` before it in a Pipeline; the teacher then gets scaled features
     too. The teacher gets DataFrames as they are, everything else as an array, and the labels as they are; only
@@ -212,13 +213,20 @@ class DistilledClassifier(ClassifierMixin, BaseEstimator):
         try:
             history = trainer.fit(data, epochs=epochs, batch_size=batch_size)
         except ValueError as error:
-            hint = f"scale the features (StandardScaler), or lower learning_rate, which is {self.learning_rate}"
-            error.add_note(f"Where the loss ceased to be finite: {hint}")
+            error.add_note(f"Where the loss ceased to be finite: {self._hint()}")
             raise
 
-        self.classes_, self.teacher_, self.student_, self.history_ = classes, teacher, student.eval(), history
-        agrees = _logits(student, inputs).argmax(-1) == targets.logits.argmax(-1)
+        if self.student is None:
+            student.float()
+        logits = _logits(student.eval(), _inputs(student, features))
+        if not logits.isfinite().all():
+            raise ValueError(f"student must give finite logits for X, and does not in {logits.dtype}: {self._hint()}")
+        self.classes_, self.teacher_, self.student_, self.history_ = classes, teacher, student, history
+        agrees = logits.argmax(-1) == targets.logits.argmax(-1)
         self.agreement_ = float(agrees.double().mean())
+
+    def _hint(self) -> str:
+        return f"scale the features (StandardScaler), or lower learning_rate, which is {self.learning_rate}"
 
     def predict(self, X):
         """The student's classes ``(N,)``."""
@@ -282,7 +290,7 @@ class DistilledClassifier(ClassifierMixin, BaseEstimator):
         if isinstance(self.student, nn.Module):
             return deepcopy(self.student)
         if self.student is None:
-            return _mlp(n_features, self.hidden_layer_sizes, n_classes)
+            return _mlp(n_features, self.hidden_layer_sizes, n_classes).double()
         if not callable(self.student):
             raise TypeError(
                 "student must be a torch module or a function of (n_features, n_classes) that makes one, got "

@@ -149,6 +149,17 @@ def test_dkd_of_lowest_logits(variant, compute, teacher, student):
     torch.testing.assert_close(gradient.double(), exact, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("tail", ["renormalize", "bucket"])
+@pytest.mark.parametrize("temperature", [1.0, 3.0])
+def test_total_variation_of_equal_logits_in_top_k(variant, temperature, tail):
+    """numba had rounded the student's distances from its maximum to float32, and the teacher's not."""
+    logits = torch.randn(50, 4)
+    options = {"divergence": "total_variation", "alpha": 1.0, "temperature": temperature}
+    loss, gradient = by_engine(logits, pydistill.top_k(logits, 4, (temperature,), tail=tail), **options)
+    assert loss == 0
+    assert not gradient.any()
+
+
 @pytest.mark.parametrize("k", [1, 2, 3])
 def test_top_k_of_lowest_logits(variant, k):
     student, teacher = torch.full((1, 4), LOWEST), torch.tensor([[0.0, 1.0, 2.0, 3.0]])

@@ -170,7 +170,7 @@ def _kernel(name, topk):
             for j in range(k):
                 without_s[index[j]] = -math.inf
             sums = scan(without_s, without_t, settings, scratch)
-            whole_max = sums.student_max
+            whole_max = np.float64(sums.student_max)  # numba's float() leaves float32, whose differences are rounded
             for j in range(k):
                 whole_max = max(whole_max, float(s[index[j]]))
             whole_sum = sums.hard * math.exp(sums.student_max - whole_max)
@@ -188,7 +188,7 @@ def _kernel(name, topk):
                 value, factors = mse_row(s, t, plan.soft_scale[row], settings, scratch)
             else:
                 value, factors, apart[0], no_student, no_teacher = dkd_row(
-                    float(s[label]), float(t[label]), sums, scale, settings
+                    np.float64(s[label]), np.float64(t[label]), sums, scale, settings
                 )
             found.soft[row] = settings.units * value
             if math.isnan(value):  # then so is the whole row's gradient, also where h does not see the NaN

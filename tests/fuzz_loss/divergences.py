@@ -25,7 +25,9 @@ class Soft:
     a probability times a large difference of logarithms, counts with the relative error of its exponential. mass: sum
     of abs(h), the largest change of the value for a change of 1 in all log-probabilities. unsettled: how far the
     gradient may be off since a sign of q - p is not settled by the rounded logits. unchecked: rows whose gradient
-    DESIGN leaves open. unit: what the loss's bound multiplies T^2 with.
+    DESIGN leaves open. exponents: of the value, the probabilities times a large difference of logarithms, each times
+    its exponential's argument, with whose roundings it is off. lost: what of the value stems from probabilities that
+    may be flushed to 0. unit: what the loss's bound multiplies T^2 with.
     """
 
     value: np.ndarray
@@ -35,6 +37,8 @@ class Soft:
     mass: np.ndarray
     unsettled: np.ndarray
     unchecked: np.ndarray
+    exponents: np.ndarray | int = 0
+    lost: np.ndarray | int = 0
     unit: Real | int = 1
 
 
@@ -57,12 +61,13 @@ def resolve(divergence, beta):
 
 
 def soft_term(
-    divergence, beta, temperature, student, teacher, labels=None, *, rounding=0.0, smallest=0.0, largest=INF
+    divergence, beta, temperature, student, teacher, labels=None, *, rounding=0.0, normal=0.0, smallest=0.0, largest=INF
 ) -> Soft:
     """D(p, q) and its gradient for a teacher over all classes; -inf in its logits is a probability of 0.
 
     Args:
         rounding: relative error of the arithmetic under test, which decides how close p and q are undecided.
+        normal: a probability below this may be flushed to 0, or have few digits.
         smallest: a probability below this counts as 0 beside an exact 0 of the other distribution. A float32 kernel
             cannot tell e^-200 from 0, so that an infinite term and none are both right there.
         largest: a logit further than this below its row's maximum counts as -inf: the dtype cannot hold the difference.
@@ -70,6 +75,9 @@ def soft_term(
     if divergence == "mse":
         return _mse(student, teacher)
     log_q, log_p = (_within(log_softmax(x, temperature), largest) for x in (student, teacher))
+    # Where the rows lie differently in memory, numpy sums them in another order: equal ones would differ by a rounding.
+    equal = (student == teacher).all(-1)
+    log_p = np.where(equal[:, None], log_q, log_p)
     log_q = np.where((log_p == -INF) & (np.exp(log_q) < smallest), -INF, log_q)
     log_p = np.where((log_q == -INF) & (np.exp(log_p) < smallest), -INF, log_p)
     if divergence == "dkd":
@@ -78,12 +86,22 @@ def soft_term(
         return _dkd(Real(beta), log_p, log_q, within_p, within_q, labels)
     value, h = _pointwise(divergence, beta, log_p, log_q)
     unsettled = _unsettled(divergence, log_p, log_q, rounding, np.exp(log_q))
-    equal = (student == teacher).all(-1)
-    return _soft(value, h, np.exp(log_q), np.exp(log_p), np.where(equal, 0, unsettled))
+    return _soft(value, h, np.exp(log_q), np.exp(log_p), np.where(equal, 0, unsettled), normal)
 
 
 def bucket_term(
-    divergence, beta, temperature, student, indices, logits, partition, *, rounding=0.0, smallest=0.0, largest=INF
+    divergence,
+    beta,
+    temperature,
+    student,
+    indices,
+    logits,
+    partition,
+    *,
+    rounding=0.0,
+    normal=0.0,
+    smallest=0.0,
+    largest=INF,
 ):
     """D over the k classes of a top-k teacher and one outcome for all others.
 
@@ -109,7 +127,7 @@ def bucket_term(
     wide = share * h[:, -1:]
     np.put_along_axis(wide, indices, h[:, :-1], -1)
     unsettled = _unsettled(divergence, log_p, log_outcomes, rounding, np.exp(log_outcomes))
-    soft = _soft(value, wide, np.exp(log_q), np.exp(log_p), unsettled, h.sum(-1))
+    soft = _soft(value, wide, np.exp(log_q), np.exp(log_p), unsettled, normal, h.sum(-1))
     spoiled = np.isnan(log_outcomes).any(-1) | np.isnan(log_p).any(-1)
     soft.value[spoiled], soft.direction[spoiled] = np.nan, np.nan
     return soft
@@ -134,11 +152,14 @@ def _log1mexp(x):
     return np.where(x > -0.5, np.log(-np.expm1(x)), np.log1p(-np.exp(x)))
 
 
-def _soft(value, h, q, p, unsettled, h_sum=None):
+def _soft(value, h, q, p, unsettled, normal, h_sum=None):
     """``h_sum`` where it is not that of ``h``: a rest without classes has a derivative, but no class to take it."""
     pull = q * (h.sum(-1) if h_sum is None else h_sum)[:, None]
     # exp(u) is off by u roundings, which matters where a probability of e^-20 is multiplied by 1e30
     excess = np.maximum(np.abs(h) - 4 * q, 0) * (1 + np.where(q > 0, np.abs(np.log(np.where(q > 0, q, 1))), 0))
+    # ... and a probability of e^-88 may be none: times 1e38 it is all of the loss
+    lost = np.where(q < normal, np.maximum(np.abs(h) - 4 * q, 0), 0)
+    unsettled = unsettled + norm(lost) + norm(q) * lost.sum(-1)
     return Soft(
         value,
         h - pull,
@@ -147,6 +168,8 @@ def _soft(value, h, q, p, unsettled, h_sum=None):
         mass=np.abs(h).sum(-1),
         unsettled=unsettled,
         unchecked=np.zeros(len(value), bool),
+        exponents=excess.sum(-1),
+        lost=lost.sum(-1),
     )
 
 

@@ -9,6 +9,9 @@ and 1e-12 for float64. A half gradient is besides rounded to its dtype. What is 
 
 - _PARTS of the two parts whose difference a gradient is, h and q sum(h): for reverse_kl and its skews h is q times a
   difference of logarithms. Where that is 1e4, rounding the exact gradient to float32 is already more than 2e-6 of q.
+- The same of the loss, and _PARTS roundings of the exponential's argument: where a probability of e^-40 is multiplied
+  by a difference of 1e38, the loss is as far off as that probability. One that may be flushed to 0 may take its part
+  of loss and gradient with it.
 - mse has no p and q; its own gradient is the unit. dkd weighs a second divergence by beta: 1 + beta times the loss's
   unit, and beta times the norms of its own distributions, which those of p and q do not bound.
 - The same roundings of the hard gradient's parts, softmax(s) and onehot. The label's gradient is q - 1, which for a
@@ -223,7 +226,8 @@ class _SoftPart:
                 8 + 2 * (_largest(student.values) + _largest(teacher.values)) / temperature
             )
         rounding = precision.ulp + of_formula.max(initial=0)
-        options = {"rounding": rounding} | ends
+        normal = Real(np.finfo(np.float64 if precision is _DOUBLE else np.float32).tiny) * Real(1.01)
+        options = {"rounding": rounding, "normal": normal} | ends
 
         def at(partition):
             return bucket_term(
@@ -251,12 +255,15 @@ class _SoftPart:
         self.value = factor * term.value
         self.nan = np.isnan(term.direction).all(-1)
         self.unchecked = term.unchecked
+        if formula:  # an infinite loss has a gradient of NaN, also where float32 ends on the way to it
+            largest = 1e-3 * Real(np.finfo(np.float64 if precision is _DOUBLE else np.float32).max)
+            self.unchecked = self.unchecked | (np.abs(term.value) * max(factor, 1) > largest)
         finite = np.where(np.isfinite(term.value), np.abs(term.value), 0)
 
         def disturbed(by, size):
             return np.where(by > _LARGEST_DISTURBANCE, INF, 4 * by * size)
 
-        in_loss = precision.loss * (finite + term.unit) + extra
+        in_loss = precision.loss * (finite + term.unit) + _PARTS * precision.ulp * term.exponents + term.lost + extra
         loss_by = disturbance if case.path == "create_graph" else of_formula
         self.bound = factor * (in_loss + disturbed(loss_by, 1 + finite + term.mass))
         tiny = Real(np.finfo(np.float64 if precision is _DOUBLE else np.float32).tiny) * 2
@@ -341,11 +348,13 @@ def _gradient(case, weighted) -> Gradient:
         counts |= scale != 0
         nan |= (scale != 0) & part.nan
         unchecked |= (scale != 0) & (part.unchecked | np.isnan(scale))
+    # Before grad_output multiplies it, the gradient is in memory: beyond the dtype it is inf there, or inf - inf.
+    beyond = (np.abs(values) > torch.finfo(case.dtype).max * Real(0.99)).any(-1)
     values = values * (of_rows[:, None] if np.ndim(of_rows) else of_rows)
     # The gradient is rounded when it is stored, and again when a grad_output other than 1 multiplies it.
     steps = _smallest(case.dtype) * np.sqrt(Real(classes)) * (1 + np.abs(of_rows)) * counts
     bound = bound * np.abs(of_rows) + 2.02 * ROUNDING[case.dtype] * norm(values) + steps
-    beyond = (np.abs(values) > torch.finfo(case.dtype).max).any(-1)
+    beyond |= (np.abs(values) > torch.finfo(case.dtype).max).any(-1)
     unchecked |= beyond & (case.dtype not in (torch.float16, torch.bfloat16))  # inf, or inf - inf on the way there
     if case.path in ("functorch", "create_graph"):  # the formula's own intermediate results end before that
         unchecked |= (np.abs(values) > 1e-3 * torch.finfo(torch.float32).max).any(-1) & (case.dtype != torch.float64)
@@ -373,11 +382,16 @@ def _of_leaves(case, precision, student, logits):
     classes, n = case.classes, len(hidden)
     single = ROUNDING[torch.float64 if dtype == torch.float64 else torch.float32]
     of_sum = factor + single * (classes + 2)
+    # A product's sum may be beyond its dtype, which is at least float32, though what comes out is not: inf - inf.
+    largest_sum = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).max * Real(0.99)
+    unchecked_hidden = unchecked | (np.abs(steep) @ np.abs(weight) > largest_sum).any(-1)
     hidden_values = steep @ weight
     hidden_bound = bound * norm(norm(weight)[None])[0] + of_sum * norm(np.abs(steep) @ np.abs(weight))
-    gradients = {"hidden": Gradient(hidden_values, hidden_bound, logits.nan, unchecked)}
+    gradients = {"hidden": Gradient(hidden_values, hidden_bound, logits.nan, unchecked_hidden)}
     counted = np.where(counts[:, None], hidden, 0)
     spoiled = np.array([(logits.nan | unchecked).any()])
+    sums = np.abs(steep).T @ np.abs(counted)
+    spoiled |= (sums > largest_sum).any() | (np.abs(steep).sum(0) > largest_sum).any()
     of_rows = factor + single * (n + 2)
     weight_values = (steep.T @ counted).reshape(1, -1)
     weight_bound = (bound * norm(counted)).sum(keepdims=True)

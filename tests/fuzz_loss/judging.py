@@ -1,6 +1,7 @@
 """What is wrong with a result."""
 
-from dataclasses import dataclass
+import itertools
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -51,21 +52,71 @@ class Readings:
 
 
 def _under_some_reading(case, result, wanted):
-    """All rules under one reading; of a second-order gradient, which the formula makes, under another."""
+    """All rules under one reading; of a second-order gradient, which the formula makes, under another.
+
+    Or every row under its own: a probability may underflow in one row and not in the next, since exponentials are
+    taken against the maximum so far, which in one row comes early and in the next late.
+    """
     groups = [(_loss, _zero, _gradients, _metrics)]
     if case.path == "create_graph":
         groups = [(_loss, _zero, _metrics), (_gradients,)]
     for rules in groups:
         first = None
-        for want in wanted:
-            with np.errstate(all="ignore"):
-                finding = next((f for f in (rule(case, result, want) for rule in rules) if f is not None), None)
+        for want in itertools.chain(wanted, _row_by_row(case, result, wanted, rules)):
+            finding = _first(rules, case, result, want)
             first = first or finding
             if finding is None:
                 break
         else:
             return first
     return None
+
+
+def _first(rules, case, result, want):
+    with np.errstate(all="ignore"):
+        return next((f for f in (rule(case, result, want) for rule in rules) if f is not None), None)
+
+
+def _row_by_row(case, result, wanted, rules):
+    """Every reading with each row that does not fit it taken from the first reading that the row fits.
+
+    Only what belongs to one row: not a reduced loss, not the gradient of a weight.
+    """
+    wanted = list(wanted)
+    with np.errstate(all="ignore"):
+        fits = np.array([_rows_that_fit(case, result, want, rules) for want in wanted])
+    chosen = fits.argmax(0)
+    for base, fitting in zip(wanted, fits, strict=True):
+        rows = np.where(fitting, -1, chosen)
+        mixed = base
+        if case.option("reduction") == "none":
+            mixed = _mixed(rows, base, wanted, ("loss", "loss_bound", "soft", "soft_bound"))
+        for leaf in {"student", "hidden"} & set(base.gradients):
+            of_leaf = [want.gradients[leaf] for want in wanted]
+            gradient = _mixed(rows, base.gradients[leaf], of_leaf, ("values", "bound", "nan", "unchecked"))
+            mixed = replace(mixed, gradients=mixed.gradients | {leaf: gradient})
+        yield mixed
+
+
+def _mixed(rows, base, others, names):
+    """``base`` with the rows of the named arrays taken from the one of ``others`` that ``rows`` says, if any."""
+    arrays = {name: getattr(base, name).copy() for name in names}
+    for number, other in enumerate(others):
+        for name, values in arrays.items():
+            values[rows == number] = getattr(other, name)[rows == number]
+    return replace(base, **arrays)
+
+
+def _rows_that_fit(case, result, want, rules):
+    fits = np.ones(case.rows.numel(), bool)
+    if _loss in rules and case.option("reduction") == "none" and not want.open:
+        fits &= close(real(result.loss).reshape(-1), want.loss, want.loss_bound, result.loss.dtype)
+    if _gradients in rules:
+        for leaf in {"student", "hidden"} & set(want.gradients):
+            expected = want.gradients[leaf]
+            got = real(result.gradients[leaf]).reshape(expected.values.shape)
+            fits &= ~np.logical_or.reduce(_wrong_rows(got, expected, case.dtype)[:3])
+    return fits
 
 
 def check(case: Case, backend: str, isa: str | None, wanted=None) -> Finding | None:
@@ -153,24 +204,15 @@ def _gradients(case, result, want):
 
 
 def _gradient(name, got, want, dtype):
-    rows_nan = np.isnan(got)
-    wrong = want.nan & ~rows_nan.all(-1)
-    if wrong.any():
-        row = int(wrong.argmax())
+    not_nan, is_nan, wrong, size = _wrong_rows(got, want, dtype)
+    if not_nan.any():
+        row = int(not_nan.argmax())
         return Finding("gradient not NaN", f"gradient of {name}, row {row}: {_show(got[row])}, expected NaN throughout")
-    checked = ~(want.nan | want.unchecked)
-    wrong = checked & rows_nan.any(-1) & ~np.isnan(want.values).any(-1)
-    if wrong.any():
-        row = int(wrong.argmax())
+    if is_nan.any():
+        row = int(is_nan.argmax())
         return Finding(
             "gradient NaN", f"gradient of {name}, row {row}: {_show(got[row])}, expected {_show(want.values[row])}"
         )
-    error = got - want.values
-    largest = Real(torch.finfo(dtype).max)
-    beyond = np.abs(want.values) > largest * (1 - 4 * Real(torch.finfo(dtype).eps))
-    error = np.where(beyond & (np.abs(got) >= largest * 0.99), 0, error)
-    size = expectation.norm(error)
-    wrong = checked & ~(size <= want.bound) & np.isfinite(want.bound)
     if not wrong.any():
         return None
     row = int(wrong.argmax())
@@ -179,6 +221,20 @@ def _gradient(name, got, want, dtype):
         f"gradient of {name}, row {row}: {_show(got[row])}, expected {_show(want.values[row])}: norm of the error "
         f"{float(size[row]):.3g}, allowed {float(want.bound[row]):.3g}",
     )
+
+
+def _wrong_rows(got, want, dtype):
+    """Masks of rows that lack a NaN, that have one too many, that are beyond their bound; and the size of the error."""
+    rows_nan = np.isnan(got)
+    not_nan = want.nan & ~rows_nan.all(-1)
+    checked = ~(want.nan | want.unchecked)
+    is_nan = checked & rows_nan.any(-1) & ~np.isnan(want.values).any(-1)
+    error = got - want.values
+    largest = Real(torch.finfo(dtype).max)
+    beyond = np.abs(want.values) > largest * (1 - 4 * Real(torch.finfo(dtype).eps))
+    error = np.where(beyond & (np.abs(got) >= largest * 0.99), 0, error)
+    size = expectation.norm(error)
+    return not_nan, is_nan, checked & ~(size <= want.bound) & np.isfinite(want.bound), size
 
 
 def _metrics(case, result, want: Expectation):

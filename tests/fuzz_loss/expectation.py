@@ -38,12 +38,16 @@ _LARGEST_DISTURBANCE = 0.05
 
 @dataclass
 class Gradient:
-    """Of one leaf: every row within its bound. Rows that must be NaN throughout; rows about which nothing is said."""
+    """Of one leaf: every row within its bound. Rows that must be NaN throughout; rows about which nothing is said.
+
+    largest: of the logits, the largest numbers that their gradient consists of before and after grad_output.
+    """
 
     values: np.ndarray
     bound: np.ndarray
     nan: np.ndarray
     unchecked: np.ndarray
+    largest: np.ndarray | None = None
 
 
 @dataclass
@@ -349,16 +353,17 @@ def _gradient(case, weighted) -> Gradient:
         nan |= (scale != 0) & part.nan
         unchecked |= (scale != 0) & (part.unchecked | np.isnan(scale))
     # Before grad_output multiplies it, the gradient is in memory: beyond the dtype it is inf there, or inf - inf.
-    beyond = (np.abs(values) > torch.finfo(case.dtype).max * Real(0.99)).any(-1)
+    largest = np.abs(values)
     values = values * (of_rows[:, None] if np.ndim(of_rows) else of_rows)
     # The gradient is rounded when it is stored, and again when a grad_output other than 1 multiplies it.
     steps = _smallest(case.dtype) * np.sqrt(Real(classes)) * (1 + np.abs(of_rows)) * counts
     bound = bound * np.abs(of_rows) + 2.02 * ROUNDING[case.dtype] * norm(values) + steps
-    beyond |= (np.abs(values) > torch.finfo(case.dtype).max).any(-1)
+    largest = np.maximum(largest, np.abs(values))
+    beyond = (largest > torch.finfo(case.dtype).max * Real(0.99)).any(-1)
     unchecked |= beyond & (case.dtype not in (torch.float16, torch.bfloat16))  # inf, or inf - inf on the way there
     if case.path in ("functorch", "create_graph"):  # the formula's own intermediate results end before that
         unchecked |= (np.abs(values) > 1e-3 * torch.finfo(torch.float32).max).any(-1) & (case.dtype != torch.float64)
-    return Gradient(values, np.where(nan, 0, bound), nan & ~unchecked, unchecked)
+    return Gradient(values, np.where(nan, 0, bound), nan & ~unchecked, unchecked, largest)
 
 
 def _of_leaves(case, precision, student, logits):
@@ -384,14 +389,18 @@ def _of_leaves(case, precision, student, logits):
     of_sum = factor + single * (classes + 2)
     # A product's sum may be beyond its dtype, which is at least float32, though what comes out is not: inf - inf.
     largest_sum = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).max * Real(0.99)
-    unchecked_hidden = unchecked | (np.abs(steep) @ np.abs(weight) > largest_sum).any(-1)
+    largest = np.where(counts[:, None], logits.largest * np.abs(student.slopes), 0)
+    unchecked_hidden = unchecked | (largest @ np.abs(weight) > largest_sum).any(-1)
+    if dtype in (torch.float16, torch.bfloat16) and classes % 2:
+        # With AMX, torch's product of bfloat16 matrices was seen to multiply the number after a row of odd length, the
+        # first of the next row, by 0: a NaN there makes this row NaN too.
+        unchecked_hidden[:-1] |= (logits.nan | unchecked)[1:]
     hidden_values = steep @ weight
     hidden_bound = bound * norm(norm(weight)[None])[0] + of_sum * norm(np.abs(steep) @ np.abs(weight))
     gradients = {"hidden": Gradient(hidden_values, hidden_bound, logits.nan, unchecked_hidden)}
     counted = np.where(counts[:, None], hidden, 0)
     spoiled = np.array([(logits.nan | unchecked).any()])
-    sums = np.abs(steep).T @ np.abs(counted)
-    spoiled |= (sums > largest_sum).any() | (np.abs(steep).sum(0) > largest_sum).any()
+    spoiled |= (largest.T @ np.abs(counted) > largest_sum).any() | (largest.sum(0) > largest_sum).any()
     of_rows = factor + single * (n + 2)
     weight_values = (steep.T @ counted).reshape(1, -1)
     weight_bound = (bound * norm(counted)).sum(keepdims=True)

@@ -124,7 +124,9 @@ double RowKernel<T>::topk_term(int64_t row, double scale, RowState& state, Facto
     if (std::isnan(log_partition)) rest_mass = log_partition;
   }
   if (!(student_sum > 0 && teacher_sum > 0)) return std::numeric_limits<double>::quiet_NaN();  // no softmax
-  const double by_student = 1 / student_sum, by_teacher = std::exp(-log_partition);
+  // Equal logits of all classes must give equal probabilities to the bit.
+  const double by_student = 1 / student_sum;
+  const double by_teacher = batch_.log_partitions ? std::exp(-log_partition) : 1 / teacher_sum;
   for (int k = 0; k < rest; ++k) {
     const Apart& a = apart_[size_t(k)];
     const double log_q = (double(a.student) - state.whole_max) / temperature_ - log_student_sum;
@@ -181,11 +183,11 @@ double RowKernel<T>::dkd_term(double scale, RowState& state, Factors& factors) {
   state.teacher_ordered = !std::isnan(teacher);
   double beta = 0;  // without mass among the others there is nothing to compare
   if (sums.teacher != 0) {
-    beta = options_.beta;
+    beta = batch_.classes == 2 ? 0 : options_.beta;  // a single other class has no gradient within itself
     const double within = sums.student == 0
                               ? infinity
                               : sums.cross / (sums.teacher * temperature_) + std::log(sums.student / sums.teacher);
-    value += term(beta, within);
+    value += term(options_.beta, within);
     factors.third = -scale * beta / sums.teacher;
   }
   if (sums.student != 0) factors.student = scale * (p - q + beta) / sums.student;

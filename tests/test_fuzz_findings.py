@@ -168,6 +168,23 @@ def test_top_k_of_lowest_logits(variant, k):
     torch.testing.assert_close((loss, gradient), (want, exact))
 
 
+@paths
+def test_dkd_of_two_classes_has_no_gradient_within_the_other(variant, compute):
+    """However large beta is: it had left beta * 2^-24 there."""
+    student, teacher, label = torch.tensor([[0.3, -0.2]]), torch.tensor([[1.0, 0.4]]), torch.tensor([0])
+    want = compute(student, teacher, label, divergence="dkd", alpha=1.0, beta=0.0)
+    got = compute(student, teacher, label, divergence="dkd", alpha=1.0, beta=1e6)
+    torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_total_variation_of_equal_logits_of_all_classes_in_top_k(variant, dtype):
+    logits = torch.randn(200, 7).to(dtype) * 3
+    loss, gradient = by_engine(logits, pydistill.top_k(logits, 7), divergence="total_variation", alpha=1.0)
+    assert loss == 0
+    assert not gradient.any()
+
+
 def test_mse_of_lowest_logits_agrees(variant):
     student, teacher = torch.zeros(1, 1), torch.full((1, 1), LOWEST)
     _, metrics = pydistill.distillation_loss(student, teacher, divergence="mse", alpha=1.0, return_metrics=True)

@@ -60,7 +60,7 @@ def mse_row(s, t, soft_scale, settings, scratch):
 
 
 @_njit
-def dkd_row(logit_s, logit_t, sums, scale, settings):
+def dkd_row(logit_s, logit_t, classes, sums, scale, settings):
     """Value, factors, and the label's gradient: KL of (label, others), and beta times the KL within the others."""
     temperature, beta = settings.temperature, 0.0  # without mass among the others there is nothing to compare
     student = log_odds(logit_s, sums.student_max, sums.student, temperature)
@@ -70,11 +70,11 @@ def dkd_row(logit_s, logit_t, sums, scale, settings):
     value += weighted(p_rest, log_sigmoid(-teacher) - log_sigmoid(-student))
     by_student = by_teacher = 0.0
     if sums.teacher != 0:
-        beta = settings.beta
+        beta = settings.beta if classes > 2 else 0.0  # a single other class has no gradient within itself
         within = math.inf
         if sums.student != 0:
             within = sums.cross / (sums.teacher * temperature) + math.log(sums.student / sums.teacher)
-        value += weighted(beta, within)
+        value += weighted(settings.beta, within)
         by_teacher = -scale * beta / sums.teacher
     if sums.student != 0:
         by_student = scale * (p - q + beta) / sums.student
@@ -188,7 +188,7 @@ def _kernel(name, topk):
                 value, factors = mse_row(s, t, plan.soft_scale[row], settings, scratch)
             else:
                 value, factors, apart[0], no_student, no_teacher = dkd_row(
-                    np.float64(s[label]), np.float64(t[label]), sums, scale, settings
+                    np.float64(s[label]), np.float64(t[label]), classes, sums, scale, settings
                 )
             found.soft[row] = settings.units * value
             if math.isnan(value):  # then so is the whole row's gradient, also where h does not see the NaN

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import torch
+import torch._dynamo  # which an optimizer imports: every process would, for longer than it trains
 from killing import kill_at_random_moments
 
 import pydistill

@@ -366,6 +366,15 @@ def _gradient(case, weighted) -> Gradient:
     return Gradient(values, np.where(nan, 0, bound), nan & ~unchecked, unchecked, largest)
 
 
+def _float16_unit(case):
+    """At most what a float16 gradient is multiplied by until the products are made: denominator / largest weight."""
+    if case.option("reduction") != "mean":
+        return 1
+    largest = max(float(_weights(case, torch.float64).max(initial=0)), np.finfo(np.float64).tiny)
+    given = [n / largest for n in _given_items(case) if n]
+    return max(1, case.rows.numel(), *given)
+
+
 def _of_leaves(case, precision, student, logits):
     """The chain rule through a head; the bounds are those of its factors' norms."""
     if case.student is not None:
@@ -390,7 +399,10 @@ def _of_leaves(case, precision, student, logits):
     # A product's sum may be beyond its dtype, which is at least float32, though what comes out is not: inf - inf.
     largest_sum = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).max * Real(0.99)
     largest = np.where(counts[:, None], logits.largest * np.abs(student.slopes), 0)
-    unchecked_hidden = unchecked | (largest @ np.abs(weight) > largest_sum).any(-1)
+    sums = largest @ np.abs(weight)
+    unchecked_hidden = unchecked | (sums > largest_sum).any(-1)
+    if dtype == torch.float16:  # a product may come out in float16, and is divided by a row's denominator after that
+        unchecked_hidden |= (sums * _float16_unit(case) > torch.finfo(dtype).max * Real(0.99)).any(-1)
     if dtype in (torch.float16, torch.bfloat16) and classes % 2:
         # With AMX, torch's product of bfloat16 matrices was seen to multiply the number after a row of odd length, the
         # first of the next row, by 0: a NaN there makes this row NaN too.

@@ -20,12 +20,12 @@ ENDS |= {("skew_forward_kl", 0): "forward_kl", ("skew_reverse_kl", 0): "reverse_
 class Soft:
     """The soft term of every row, without alpha, T^2 and weights. All but ``direction`` are (N,).
 
-    direction: T times the gradient with respect to the logits, (N, C). base: the norms that DESIGN's bound of the
+    direction: T times the gradient with respect to the logits, (N, C). base: the norms that the contract's bound of the
     gradient adds up. parts: the norms of h and q sum(h), whose difference the gradient is; what of h is more than q,
     a probability times a large difference of logarithms, counts with the relative error of its exponential. mass: sum
     of abs(h), the largest change of the value for a change of 1 in all log-probabilities. unsettled: how far the
     gradient may be off since a sign of q - p is not settled by the rounded logits. unchecked: rows whose gradient
-    DESIGN leaves open. exponents: of the value, the probabilities times a large difference of logarithms, each times
+    the contract leaves open. exponents: of the value, the probabilities times a large difference of logarithms, each times
     its exponential's argument, with whose roundings it is off. lost: what of the value stems from probabilities that
     may be flushed to 0. unit: what the loss's bound multiplies T^2 with.
     """
@@ -246,7 +246,7 @@ def _mse(student, teacher):
     gradient = 2 * difference / classes
     value = (difference**2).sum(-1) / classes
     zero = np.zeros(len(value), Real)
-    # An infinite logit has an infinite loss, as in torch; of its gradient DESIGN says nothing.
+    # An infinite logit has an infinite loss, as in torch; of its gradient the contract says nothing.
     unchecked = (np.isinf(student) | np.isinf(teacher)).any(-1) & ~np.isnan(value)
     broken = np.isnan(value)
     gradient[broken] = np.nan

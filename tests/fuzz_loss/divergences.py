@@ -25,9 +25,9 @@ class Soft:
     a probability times a large difference of logarithms, counts with the relative error of its exponential. mass: sum
     of abs(h), the largest change of the value for a change of 1 in all log-probabilities. unsettled: how far the
     gradient may be off since a sign of q - p is not settled by the rounded logits. unchecked: rows whose gradient
-    the contract leaves open. exponents: of the value, the probabilities times a large difference of logarithms, each times
-    its exponential's argument, with whose roundings it is off. lost: what of the value stems from probabilities that
-    may be flushed to 0. unit: what the loss's bound multiplies T^2 with.
+    the contract leaves open. exponents: of the value, the probabilities times a large difference of logarithms, each
+    times its exponential's argument, with whose roundings it is off. lost: what of the value stems from probabilities
+    that may be flushed to 0. unit: what the loss's bound multiplies T^2 with.
     """
 
     value: np.ndarray

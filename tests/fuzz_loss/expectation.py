@@ -1,6 +1,6 @@
 """What a call must give, and how far from it a correct result may be: the contract of the losses, in long double.
 
-The bounds are the contract's, row by row. With q, p and onehot of the row and ``scale`` its weight over the denominator:
+The bounds are the contract's, row by row. With q, p and onehot of the row, ``scale`` its weight over the denominator:
 
     abs(error of loss)      <= 1e-6 (abs(loss) + alpha T^2 + (1 - alpha)) scale
     norm(error of gradient) <= 2e-6 (norm(alpha T q) + norm(alpha T p) + norm((1 - alpha) (softmax(s) - onehot))) scale
@@ -86,7 +86,7 @@ _DOUBLE = _Precision(1e-12, 1e-12, 2.0**-53, 1e-306, 1.7e308)
 
 
 def readings(case: Case):
-    """Every reading of the contract under which a result may be right, the plainest first; for any function but loss_items.
+    """Every reading of the contract under which a result may be right, the plainest first; not for loss_items.
 
     What float32 (or float64, in which a backend may compute) cannot tell from a probability of 0 may be taken as 0. A
     float64 teacher beside a float32 student may be rounded to float32, or be read as it is.

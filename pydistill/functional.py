@@ -8,15 +8,19 @@ from torch import Tensor
 from pydistill.engine import autograd, library
 from pydistill.engine.batch import Batch
 from pydistill.engine.checks import (
+    check_dense,
     check_flags,
     check_options,
     check_rows,
     check_teacher_form,
     check_tensors,
+    is_dtensor,
     wants_op,
     warn_of_probabilities,
 )
 from pydistill.formulas import counted_rows, denominators, loss_dtype
+
+_MOST_CLASSES = 2**31  # of a loss whose number of classes nobody gave
 
 
 class LossMetrics(NamedTuple):
@@ -124,9 +128,11 @@ def distillation_loss(
 
     Raises:
         ValueError: shapes or devices that disagree, an option outside its range, a missing teacher or labels, a
-            negative or infinite sample weight; with ``inplace``, a leaf, or rows or a teacher that overlap in memory.
-        TypeError: integer logits, labels or an option of another type, a temperature, alpha or weight that requires a
-            gradient.
+            negative or infinite sample weight, a tensor whose storage was freed, DTensors beside plain tensors or
+            under ``loss_parallel()``; with ``inplace``, a leaf, or rows or a teacher that overlap in memory.
+        TypeError: integer or complex logits, sparse tensors, labels or an option of another type, a temperature, alpha
+            or weight that requires a gradient.
+        MemoryError: no memory for the gradient or for scratch; nothing has been written then.
         IndexError: a label that is neither in [0, C) nor ignore_index; the message names the first such row. Nothing
             has been written then.
 
@@ -266,23 +272,36 @@ def loss_items(
     options = check_options("forward_kl", None, 1.0, 0.5, True, ignore_index, unlabeled, 0.0, "mean", None)
     if labels is None and sample_weight is None:
         raise ValueError("labels must be given unless sample_weight says how many rows there are")
-    for name, tensor in (("labels", labels), ("sample_weight", sample_weight), ("class_weight", class_weight)):
-        if tensor is not None and not isinstance(tensor, Tensor):
+    given = {"labels": labels, "sample_weight": sample_weight, "class_weight": class_weight}
+    given = {name: tensor for name, tensor in given.items() if tensor is not None}
+    for name, tensor in given.items():
+        if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+        check_dense(name, tensor)
+        if is_dtensor(tensor):
+            raise TypeError(
+                f"{name} must be a plain tensor, got a DTensor: count each rank's own rows, {name}.to_local(), and add "
+                "up over the ranks"
+            )
     rows = sample_weight if labels is None else labels
     if sample_weight is not None and sample_weight.shape != rows.shape:
         raise ValueError(
             f"sample_weight must have the shape of labels, got {tuple(sample_weight.shape)} and {tuple(rows.shape)}"
         )
-    if class_weight is not None and class_weight.dim() != 1:
+    if class_weight is not None and (class_weight.dim() != 1 or len(class_weight) == 0):
         raise ValueError(f"class_weight must have shape (C,), got {tuple(class_weight.shape)}")
-    classes = len(class_weight) if class_weight is not None else 1
-    if class_weight is None and labels is not None and labels.numel():
-        classes = max(1, int(labels.max()) + 1)
-    stand_in = torch.empty((), dtype=torch.float64, device=rows.device).expand(*rows.shape, classes)
+    classes = _MOST_CLASSES if class_weight is None else len(class_weight)  # any label is one of so many
+    stand_in = torch.empty((), dtype=torch.float64, device=rows.device).expand(rows.numel(), classes)
     _, sample_weight, class_weight, _ = check_tensors(
-        stand_in, None, labels, sample_weight, class_weight, soft=False, hard=False
+        stand_in,
+        None,
+        None if labels is None else labels.reshape(-1),
+        None if sample_weight is None else sample_weight.reshape(-1),
+        class_weight,
+        soft=False,
+        hard=False,
     )
+    labels = None if labels is None else labels.reshape(-1)
     batch = Batch(stand_in, None, labels, sample_weight, class_weight, None, None, options)
     check_rows(batch)
     soft, hard = denominators(batch, *counted_rows(batch))

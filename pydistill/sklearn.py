@@ -115,7 +115,7 @@ class DistilledClassifier(ClassifierMixin, BaseEstimator):
         >>> n_features, hidden, n_classes = metadata["sizes"]
         >>> student = torch.nn.Sequential(
         ...     torch.nn.Linear(n_features, hidden), torch.nn.ReLU(), torch.nn.Linear(hidden, n_classes))
-        >>> student = pydistill.load_student(path, student).eval()
+        >>> student = pydistill.load_student(path, student)
         >>> with torch.inference_mode():
         ...     columns = student(torch.tensor(scaler.transform(X_test), dtype=torch.float32)).argmax(-1)
         >>> predicted = [metadata["classes"][column] for column in columns]

@@ -76,6 +76,11 @@ def test_loss_items_add_up_over_micro_batches(variant):
     torch.testing.assert_close(torch.cat([g for _, g in found]), of_whole, rtol=1e-12, atol=1e-15)
 
 
+def test_loss_items_of_square_labels_warn_of_nothing(recwarn):
+    assert pydistill.loss_items(torch.tensor([[0, 1], [1, 0]]), sample_weight=torch.ones(2, 2)) == (4, 4)
+    assert not recwarn.list
+
+
 def test_loss_items_of_rows_without_labels():
     assert pydistill.loss_items(None, sample_weight=SAMPLE_WEIGHT) == (7.25, 0.0)
     assert pydistill.loss_items(torch.empty(0, dtype=torch.int64)) == (0.0, 0.0)
@@ -98,6 +103,9 @@ def test_loss_items_of_rows_without_labels():
         (TypeError, "sample_weight must be a tensor, got list", {"sample_weight": [1.0]}),
         (ValueError, 'unlabeled must be "skip" or "distill"', {"unlabeled": "keep"}),
         (TypeError, "ignore_index must be an integer", {"ignore_index": 1.5}),
+        (TypeError, "labels must be a dense tensor", {"labels": torch.ones(2, 2, dtype=torch.int64).to_sparse()}),
+        (IndexError, "row 0 holds 9223372036854775807", {"labels": torch.tensor([2**63 - 1])}),
+        (ValueError, r"class_weight must have shape \(C,\), got \(0,\)", {"class_weight": torch.ones(0)}),
     ],
 )
 def test_loss_items_refuses(exception, words, arguments):

@@ -476,9 +476,9 @@ for placement in (Replicate(), Shard(0), Shard(1)):
     distillation_loss(s, t, y, temperature=2.0).backward()
     torch.testing.assert_close(s.grad.full_tensor(), leaf.grad)
 s, t, y = distributed(Shard(1))
-mixed = "must not be DTensors while"
-refused(ValueError, f"student_logits {mixed} teacher, labels are plain", distillation_loss, s, teacher, labels)
-refused(ValueError, f"teacher {mixed} student_logits are plain", distillation_loss, student, t, alpha=1.0)
+rule = "all tensors must be DTensors or none"
+refused(ValueError, f"{rule}: student_logits distributed, teacher, labels plain", distillation_loss, s, teacher, labels)
+refused(ValueError, f"{rule}: teacher distributed, student_logits plain", distillation_loss, student, t, alpha=1.0)
 with loss_parallel():
     refused(ValueError, "loss_parallel", distillation_loss, s, t, y)
 weight, hidden = distribute_tensor(torch.randn(6, 3), mesh, [Shard(0)]), torch.randn(4, 3)

@@ -160,6 +160,15 @@ def test_total_variation_of_equal_logits_in_top_k(variant, temperature, tail):
     assert not gradient.any()
 
 
+def test_cross_entropy_beyond_float32_times_its_weight_within(variant):
+    """A row's term is in float64: on numba 4e38, before it was multiplied by 0.1, had been infinite."""
+    student, label = torch.tensor([[1e38, -3e38, 0.0]]), torch.tensor([1])
+    options = {"alpha": 0.9, "divergence": "jsd"}
+    loss, _ = by_engine(student, student.flip(-1), label, **options)
+    want, _ = by_engine(student.double(), student.flip(-1).double(), label, **options)
+    torch.testing.assert_close(loss.double(), want, rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize("k", [1, 2, 3])
 def test_top_k_of_lowest_logits(variant, k):
     student, teacher = torch.full((1, 4), LOWEST), torch.tensor([[0.0, 1.0, 2.0, 3.0]])

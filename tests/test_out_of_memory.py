@@ -86,6 +86,7 @@ with pydistill.use_backend(backend, isa=isa):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs RLIMIT_AS and /proc")
 @pytest.mark.parametrize("threads", [1, 2])
+# One ISA: what is allocated, and where, is the same for all; tests/core lets each allocation fail on each of them.
 @pytest.mark.parametrize(("backend", "isa"), [VARIANTS[0], *(v for v in VARIANTS[1:] if v[0] != "compiled")])
 def test_out_of_memory(backend, isa, threads):
     command = [sys.executable, "-c", SCRIPT, backend, isa or "", str(threads)]

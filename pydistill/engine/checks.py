@@ -381,8 +381,8 @@ def check_dtensors(named_tensors):
     plain = [name for name, tensor in named_tensors if name not in distributed and tensor.dim() > 0]
     if plain:
         raise ValueError(
-            f"{', '.join(distributed)} must not be DTensors while {', '.join(plain)} are plain tensors: distribute all "
-            "of them over the same mesh, or pass each rank's own rows as plain tensors (x.to_local())"
+            f"all tensors must be DTensors or none: {', '.join(distributed)} distributed, {', '.join(plain)} plain. "
+            "Distribute all of them over the same mesh, or pass each rank's own rows as plain tensors (x.to_local())"
         )
     if _loss_parallel_is_active():
         raise ValueError(

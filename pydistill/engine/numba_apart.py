@@ -51,7 +51,7 @@ def mse_row(s, t, soft_scale, settings, scratch):
     """Value, factors; the difference goes where the teacher's exponentials would be."""
     total = 0.0
     for j in range(len(s)):
-        d = float(s[j]) - float(t[j])
+        d = np.float64(s[j]) - np.float64(t[j])
         if s[j] == -math.inf and t[j] == -math.inf:
             d = 0.0
         total += d * d
@@ -90,12 +90,12 @@ def _topk_row(divergence):
         temperature, beta, rest, k = settings.temperature, settings.beta, settings.rest, len(index)
         teacher_max = -math.inf
         for j in range(k):
-            teacher_max = max(teacher_max, float(t[j]))
+            teacher_max = max(teacher_max, np.float64(t[j]))
         student_sum = sums.student * math.exp((sums.student_max - whole_max) / temperature)
         teacher_sum = 0.0
         for j in range(k):
-            student_sum += math.exp((float(s[index[j]]) - whole_max) / temperature)
-            teacher_sum += math.exp((float(t[j]) - teacher_max) / temperature)
+            student_sum += math.exp((np.float64(s[index[j]]) - whole_max) / temperature)
+            teacher_sum += math.exp((np.float64(t[j]) - teacher_max) / temperature)
         if not (student_sum > 0 and teacher_sum > 0):  # no softmax
             return math.nan, (math.nan, 0.0), not student_sum > 0, not teacher_sum > 0
         log_student_sum, log_teacher_sum = math.log(student_sum), math.log(teacher_sum)
@@ -107,8 +107,8 @@ def _topk_row(divergence):
                 rest_mass = 0.0
         p, q, log_ratio = np.empty(k + 1), np.empty(k + 1), np.empty(k + 1)
         for j in range(k):
-            log_q = (float(s[index[j]]) - whole_max) / temperature - log_student_sum
-            log_p = (float(t[j]) - teacher_max) / temperature - log_partition
+            log_q = (np.float64(s[index[j]]) - whole_max) / temperature - log_student_sum
+            log_p = (np.float64(t[j]) - teacher_max) / temperature - log_partition
             p[j], q[j], log_ratio[j] = math.exp(log_p), math.exp(log_q), log_q - log_p
         log_q = (sums.student_max - whole_max) / temperature + math.log(sums.student) - log_student_sum
         p[k], q[k], log_ratio[k] = rest_mass, math.exp(log_q), log_q - math.log(rest_mass)
@@ -170,12 +170,14 @@ def _kernel(name, topk):
             for j in range(k):
                 without_s[index[j]] = -math.inf
             sums = scan(without_s, without_t, settings, scratch)
-            whole_max = np.float64(sums.student_max)  # numba's float() leaves float32, whose differences are rounded
+            whole_max = np.float64(
+                sums.student_max
+            )  # numba's np.float64() leaves float32, whose differences are rounded
             for j in range(k):
-                whole_max = max(whole_max, float(s[index[j]]))
+                whole_max = max(whole_max, np.float64(s[index[j]]))
             whole_sum = sums.hard * math.exp(sums.student_max - whole_max)
             for j in range(k):
-                whole_sum += math.exp(float(s[index[j]]) - whole_max)
+                whole_sum += math.exp(np.float64(s[index[j]]) - whole_max)
             whole = (whole_max, whole_sum)
             scale = plan.soft_scale[row] * settings.units / settings.temperature
             no_student, no_teacher = not sums.student > 0, False
@@ -223,10 +225,10 @@ def _hard_gradient(s, j, label, hard_scale, whole, class_weight, settings):
         return 0.0
     weight_of_label, weight_of_class = 1.0, 1.0
     if len(class_weight) > 0:
-        weight_of_label, weight_of_class = float(class_weight[label]), float(class_weight[j])
+        weight_of_label, weight_of_class = np.float64(class_weight[label]), np.float64(class_weight[j])
     smoothing = settings.smoothing
     uniform = smoothing / len(s)
     total = (1 - smoothing) * weight_of_label + uniform * settings.class_weight_sum
-    softmax = math.exp(float(s[j]) - whole[0]) / whole[1]
+    softmax = math.exp(np.float64(s[j]) - whole[0]) / whole[1]
     onehot = (1 - smoothing) * weight_of_label if j == label else 0.0
     return hard_scale * (total * softmax - uniform * weight_of_class - onehot)

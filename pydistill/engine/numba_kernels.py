@@ -8,6 +8,8 @@ formulas.py. Top-k teachers, dkd and mse are in numba_apart.py.
 float32 and float64 are computed as they are. Rows of a half type, and rows whose teacher has another dtype,
 pass through small buffers of converted rows. A block's sums are in the row's dtype, a row's in float64.
 
+In compiled code ``float(x)`` leaves a float32 one; what must be float64 says ``np.float64(x)``.
+
 Here LLVM makes the vectors, so every inner loop is plain: no branch, no call, and a reduction only where
 `accumulate` or `larger` allows its reordering. A loop that sums does not store: with a store in it LLVM's code
 looks at run time whether the arrays lie near each other and takes another loop if so, and the order of the
@@ -433,7 +435,7 @@ def rescaled(sums, student_max, teacher_max, temperature):
 @_njit
 def scan(s, t, settings, scratch):
     """The pass over a row's logits: exponentials into scratch, and their sums."""
-    lowest = float(np.finfo(s.dtype).min)
+    lowest = np.float64(np.finfo(s.dtype).min)
     temperature, hard_exp = settings.temperature, settings.hard_exp
     sums = _Sums(0.0, 0.0, 0.0, 0.0, lowest, lowest, 0, 0)
     for block in range((len(s) + _BLOCK - 1) // _BLOCK):
@@ -441,25 +443,25 @@ def scan(s, t, settings, scratch):
         end = min(begin + _BLOCK, len(s))
         at = begin if settings.keep else 0
         e = scratch.student[at : at + end - begin]
-        student_max = float(block_maximum(s[begin:end], sums.student_max))
-        teacher_max = float(block_maximum(t[begin:end], sums.teacher_max)) if settings.scan_teacher else lowest
+        student_max = np.float64(block_maximum(s[begin:end], sums.student_max))
+        teacher_max = np.float64(block_maximum(t[begin:end], sums.teacher_max)) if settings.scan_teacher else lowest
         student_block = begin if student_max > sums.student_max else sums.student_block
         teacher_block = begin if teacher_max > sums.teacher_max else sums.teacher_block
         scratch.student_max[block], scratch.teacher_max[block] = student_max, teacher_max
         student, teacher, cross, hard = rescaled(sums, student_max, teacher_max, temperature)
 
-        e_sum = float(exponentials(s[begin:end], student_max, temperature, e))
+        e_sum = np.float64(exponentials(s[begin:end], student_max, temperature, e))
         student += e_sum
         if settings.scan_teacher:
             f = scratch.teacher[at : at + end - begin]
-            teacher += float(exponentials(t[begin:end], teacher_max, temperature, f))
-            cross += float(cross_sum(s[begin:end], t[begin:end], student_max, teacher_max, f))
+            teacher += np.float64(exponentials(t[begin:end], teacher_max, temperature, f))
+            cross += np.float64(cross_sum(s[begin:end], t[begin:end], student_max, teacher_max, f))
         if hard_exp == _SAME:
             hard += e_sum
         elif hard_exp == _OWN:
-            hard += float(exponentials(s[begin:end], student_max, 1.0, scratch.hard[at : at + end - begin]))
+            hard += np.float64(exponentials(s[begin:end], student_max, 1.0, scratch.hard[at : at + end - begin]))
         elif hard_exp != _NONE:
-            hard += float(sum_of_powers(e, hard_exp))
+            hard += np.float64(sum_of_powers(e, hard_exp))
         sums = _Sums(student, teacher, cross, hard, student_max, teacher_max, student_block, teacher_block)
     return sums
 
@@ -470,10 +472,10 @@ def shifted_sum(s, maximum, class_weight):
     total = 0.0
     if len(class_weight) > 0:
         for j in range(len(s)):
-            total = accumulate(total, (float(s[j]) - maximum) * float(class_weight[j]))
+            total = accumulate(total, (np.float64(s[j]) - maximum) * np.float64(class_weight[j]))
     else:
         for j in range(len(s)):
-            total = accumulate(total, float(s[j]) - maximum)
+            total = accumulate(total, np.float64(s[j]) - maximum)
     return total
 
 
@@ -485,9 +487,9 @@ def cross_entropy(s, label, whole, class_weight, settings):
     """
     log_sum = math.log(whole[1])
     weighted = len(class_weight) > 0
-    nll = whole[0] - float(s[label]) + log_sum
+    nll = whole[0] - np.float64(s[label]) + log_sum
     if weighted:
-        nll *= float(class_weight[label])
+        nll *= np.float64(class_weight[label])
     if settings.smoothing == 0:
         return nll
     shifted = shifted_sum(s, whole[0], class_weight)
@@ -517,7 +519,7 @@ def write_gradient(out, label, hard_scale, sums, whole, factors, centred, h_sum,
     smoothing = settings.smoothing if labelled else 0.0
     label_weight = 0.0
     if labelled:
-        label_weight = float(class_weight[label]) if weighted else 1.0
+        label_weight = np.float64(class_weight[label]) if weighted else 1.0
     uniform = smoothing / classes
     hard_total = (1 - smoothing) * label_weight + uniform * settings.class_weight_sum
     by_hard = 0.0
@@ -528,10 +530,10 @@ def write_gradient(out, label, hard_scale, sums, whole, factors, centred, h_sum,
     for block in range((classes + _BLOCK - 1) // _BLOCK):
         begin = block * _BLOCK
         end = min(begin + _BLOCK, classes)
-        student_drop = float(scratch.student_max[block]) - sums.student_max
+        student_drop = np.float64(scratch.student_max[block]) - sums.student_max
         teacher_factor = 1.0
         if settings.scan_teacher and not centred:
-            teacher_factor = math.exp((float(scratch.teacher_max[block]) - sums.teacher_max) / temperature)
+            teacher_factor = math.exp((np.float64(scratch.teacher_max[block]) - sums.teacher_max) / temperature)
         e_factor = math.exp(student_drop / temperature)
         hard_factor = math.exp(student_drop)
         by_e = factors[0] * e_factor
@@ -590,13 +592,13 @@ def _second_pass(divergence):
         reference = 0.0
         if best < len(s):
             log_sums = math.log(sums.student / sums.teacher)
-            at_best = (sums.teacher_max - float(t[best])) / temperature - log_sums
+            at_best = (sums.teacher_max - np.float64(t[best])) / temperature - log_sums
             reference = reference_of(at_best, settings.beta, settings.rest)
         for block in range((len(s) + _BLOCK - 1) // _BLOCK):
             begin = block * _BLOCK
             end = min(begin + _BLOCK, len(s))
-            student_drop = float(scratch.student_max[block]) - sums.student_max
-            teacher_drop = float(scratch.teacher_max[block]) - sums.teacher_max
+            student_drop = np.float64(scratch.student_max[block]) - sums.student_max
+            teacher_drop = np.float64(scratch.teacher_max[block]) - sums.teacher_max
             of_block = pointwise(
                 s[begin:end],
                 t[begin:end],
@@ -610,8 +612,8 @@ def _second_pass(divergence):
                 real(settings.rest),
                 real(reference),
             )
-            value += float(of_block[0])
-            h_sum += float(of_block[1])
+            value += np.float64(of_block[0])
+            h_sum += np.float64(of_block[1])
         # An infinite h (reverse_kl where p is 0): the whole row's gradient is NaN, not a mixture of NaN and inf.
         return value, h_sum if math.isfinite(h_sum) else math.nan
 

@@ -1,6 +1,7 @@
 """Command line of the fuzzer; exit status 1 where something was found."""
 
 import argparse
+import signal
 import sys
 
 from . import campaign
@@ -17,10 +18,13 @@ def main(arguments=None) -> int:
     parser.add_argument("--progress", help=argparse.SUPPRESS)
     parser.add_argument("--crash", nargs=2, metavar=("CALL", "VARIANT"), help=argparse.SUPPRESS)
     given = parser.parse_args(arguments)
+    if not 0 < given.seconds < float("inf"):
+        parser.error(f"--seconds must be positive and finite, got {given.seconds:g}")
     if given.crash is not None:
         campaign.crash(given.seed, int(given.crash[0]), given.crash[1])
         return 0
     if given.call is None and given.progress is None:
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # an exception, so that the worker ends too
         return 1 if campaign.campaign(given.seed, given.seconds, given.backend, given.isa) else 0
     worker = campaign.Worker(given.seed, campaign.variants(given.backend, given.isa), given.progress)
     worker.run(given.seconds, given.first, None if given.call is None else [given.call])

@@ -216,6 +216,9 @@ def campaign(seed, seconds, backend=None, isa=None) -> int:
             subprocess.run([*command[:3], "--seed", str(seed), "--crash", str(call), variant], check=False)
         first = call + 1
     _summary(seed, calls, findings)
+    idle = [name for name in map(name_of, variants(backend, isa)) if not calls.get(name)]
+    if idle:
+        raise SystemExit(f"no call was made on {', '.join(idle)}: give it more --seconds")
     return sum(findings.values())
 
 

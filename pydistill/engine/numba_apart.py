@@ -170,9 +170,7 @@ def _kernel(name, topk):
             for j in range(k):
                 without_s[index[j]] = -math.inf
             sums = scan(without_s, without_t, settings, scratch)
-            whole_max = np.float64(
-                sums.student_max
-            )  # numba's np.float64() leaves float32, whose differences are rounded
+            whole_max = sums.student_max  # float64, as scan gives it: differences from it are not rounded to float32
             for j in range(k):
                 whole_max = max(whole_max, np.float64(s[index[j]]))
             whole_sum = sums.hard * math.exp(sums.student_max - whole_max)

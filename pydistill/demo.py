@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import pydistill
-from pydistill.trainer import Trainer, threads_restored
+from pydistill.trainer.loop import Trainer, threads_restored
 
 FEATURES, HIDDEN, CLASSES = 64, 32, 10
 TREES, FOLDS = 200, 5

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pydistill.engine import autograd, library
+from pydistill.engine import autograd, torch_op
 from pydistill.engine.batch import Batch
 from pydistill.engine.checks import (
     check_dense,
@@ -84,7 +84,7 @@ def distillation_loss(
     - ``mse``: the mean over classes of (student - teacher)^2, of the logits as they are: no T, no T^2;
     - ``dkd`` (8.0): KL of (label, all others) + beta KL within the others; needs labels at every alpha.
 
-    LOSSES.md in the repository says when to use which, and how other libraries' losses are written with this one.
+    docs/losses.md in the repository says when to use which, and how other libraries' losses are written with this one.
     Cross-entropy is always at T = 1. **alpha weighs the soft term** (torchdistill's alpha weighs the hard one).
     Loss and gradient come from one pass over the logits; the teacher is a constant, no gradient flows into it.
 
@@ -152,7 +152,7 @@ def distillation_loss(
     operations: right, but with autograd's usual memory.
 
     Source: Hinton, Vinyals, Dean, "Distilling the Knowledge in a Neural Network", 2015, arXiv:1503.02531; those of the
-    other divergences are in LOSSES.md.
+    other divergences are in docs/losses.md.
 
     Example:
         >>> import torch, pydistill
@@ -167,7 +167,7 @@ def distillation_loss(
     check_flags(inplace, return_metrics)
     if wants_op(student_logits):
         return _with_metrics(
-            library.traced_loss(
+            torch_op.traced_loss(
                 student_logits,
                 teacher,
                 labels,

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 import pydistill
-from pydistill.checkpoint import safetensors_torch
-from pydistill.data import describe
-from pydistill.files import flush_names, form_problem, parse_json, unfinished_path, write_through
-from pydistill.modules import count_parameters
+from pydistill._files import flush_names, form_problem, parse_json, unfinished_path, write_through
+from pydistill._torch_modules import count_parameters
 from pydistill.store.digests import as_bytes
+from pydistill.trainer.checkpoint import safetensors_torch
+from pydistill.trainer.data import describe
 
 _FORMAT = 1
 _TENSORS, _DOCUMENT = "student.safetensors", "student.json"

@@ -10,7 +10,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from pydistill.estimators import (
+from pydistill._torch_modules import float_dtype
+from pydistill.losses import DistillationLoss
+from pydistill.targets import SoftTargets
+from pydistill.teachers.estimators import (
     check_classifier,
     fit_weighted,
     for_labels,
@@ -18,12 +21,9 @@ from pydistill.estimators import (
     other_classes,
     usable_weight,
 )
-from pydistill.losses import DistillationLoss
-from pydistill.modules import float_dtype
-from pydistill.targets import SoftTargets
-from pydistill.teachers import counted_folds, soft_targets, teacher_outputs
-from pydistill.trainer import Trainer
-from pydistill.training_checks import check_lone_row
+from pydistill.teachers.outputs import counted_folds, soft_targets, teacher_outputs
+from pydistill.trainer.checks import check_lone_row
+from pydistill.trainer.loop import Trainer
 
 try:
     from sklearn.base import BaseEstimator, ClassifierMixin, clone

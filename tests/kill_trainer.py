@@ -9,8 +9,8 @@ import torch._dynamo  # which an optimizer imports: every process would, for lon
 from killing import kill_at_random_moments
 
 import pydistill
-from pydistill import checkpoint
 from pydistill.callbacks import BestModel, EarlyStopping
+from pydistill.trainer import checkpoint
 
 EPOCHS = 8
 

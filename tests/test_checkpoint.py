@@ -14,8 +14,8 @@ import torch
 from stores import read_only
 
 import pydistill
-from pydistill import checkpoint
 from pydistill.callbacks import BestModel, EarlyStopping
+from pydistill.trainer import checkpoint
 
 pytest.importorskip("safetensors")
 

@@ -1,4 +1,4 @@
-"""Other libraries' losses, from their documentation, against the converters in LOSSES.md."""
+"""Other libraries' losses, from their documentation, against the converters in docs/losses.md."""
 
 import re
 from pathlib import Path
@@ -115,8 +115,8 @@ def test_the_tutorial_divides_by_the_classes_too(variant):
 
 
 def test_every_divergence_is_on_the_page():
-    page = (Path(__file__).parents[1] / "LOSSES.md").read_text()
+    page = (Path(__file__).parents[1] / "docs" / "losses.md").read_text()
     for name in pydistill.formulas.DIVERGENCES:
         assert f"| `{name}`" in page
     for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
-        exec(compile(block, "LOSSES.md", "exec"), {})
+        exec(compile(block, "docs/losses.md", "exec"), {})

@@ -15,7 +15,7 @@ from fuzz_loss.case import written
 from fuzz_loss.divergences import ENDS
 from fuzz_loss.drawing import draw
 
-from pydistill.engine import torch_reference
+from pydistill.engine import torch_backend
 
 TORCH = ("torch", None)
 pytestmark = pytest.mark.filterwarnings("ignore:student_logits .* with labels")
@@ -73,12 +73,12 @@ def test_planted_mistake_is_found_and_made_small(monkeypatch, change, kind):
 
     right = [case for case in cases("planted", suits, 40) if judging.check(case, *TORCH) is None]
     assert len(right) > 30
-    evaluate = torch_reference.TorchBackend.evaluate
+    evaluate = torch_backend.TorchBackend.evaluate
 
     def wrong(self, batch, gradient=None, grad_output=1.0, metrics=False):
         return change(evaluate(self, batch, gradient, grad_output, metrics), gradient)
 
-    monkeypatch.setattr(torch_reference.TorchBackend, "evaluate", wrong)
+    monkeypatch.setattr(torch_backend.TorchBackend, "evaluate", wrong)
     found = [(case, judging.check(case, *TORCH)) for case in right]
     found = [(case, finding) for case, finding in found if finding is not None and finding.kind == kind]
     assert len(found) > 3
@@ -92,7 +92,7 @@ def test_planted_mistake_is_found_and_made_small(monkeypatch, change, kind):
 
 
 def test_write_to_an_input_is_found(monkeypatch):
-    evaluate = torch_reference.TorchBackend.evaluate
+    evaluate = torch_backend.TorchBackend.evaluate
 
     def wrong(self, batch, gradient=None, grad_output=1.0, metrics=False):
         outcome = evaluate(self, batch, gradient, grad_output, metrics)
@@ -100,7 +100,7 @@ def test_write_to_an_input_is_found(monkeypatch):
             batch.teacher.view(-1)[:1] += 1
         return outcome
 
-    monkeypatch.setattr(torch_reference.TorchBackend, "evaluate", wrong)
+    monkeypatch.setattr(torch_backend.TorchBackend, "evaluate", wrong)
     kinds = [judging.check(case, *TORCH) for case in cases("written", lambda c: of_logits(c) and c.teacher, 40)]
     assert sum(finding is not None and finding.kind == "written" for finding in kinds) > 5
 

@@ -11,9 +11,9 @@ from reference import loss_and_gradient
 from torch.utils.data import DataLoader, TensorDataset
 
 import pydistill
-from pydistill.engine import numba_kernels
 from pydistill.engine.batch import Batch
 from pydistill.engine.checks import check_options
+from pydistill.engine.numba import rows as numba_rows
 from pydistill.formulas import DIVERGENCES
 
 FORK = multiprocessing.get_context("fork")
@@ -175,10 +175,10 @@ def test_numba_does_not_depend_on_where_its_memory_lies(divergence):
     """The bits of a short row, with the scratch at every distance behind the logits: LLVM's loops look at it."""
     buffer = np.zeros(1000, np.float32)
     options = check_options(divergence, None, 2.0, 0.7, True, -100, "skip", 0.0, "mean", None)
-    second_pass = None if divergence == "forward_kl" else numba_kernels._second_pass(DIVERGENCES[divergence])
+    second_pass = None if divergence == "forward_kl" else numba_rows._second_pass(DIVERGENCES[divergence])
     for classes in (5, 9, 21, 40):
         row = torch.zeros(1, classes)
-        settings, _ = numba_kernels._settings(
+        settings, _ = numba_rows._settings(
             Batch(row, row, row[0, :1].long(), None, None, None, None, options), True, False
         )
         s, t = (3 * torch.randn(2, classes)).numpy()
@@ -186,10 +186,10 @@ def test_numba_does_not_depend_on_where_its_memory_lies(divergence):
         logits[:] = s
         found = set()
         for distance in range(80):
-            scratch = numba_kernels._new_scratch(classes, settings, np.float32)
+            scratch = numba_rows._new_scratch(classes, settings, np.float32)
             scratch = scratch._replace(
                 student=buffer[classes + distance :][:classes], teacher=buffer[2 * classes + 2 * distance :][:classes]
             )
-            sums = numba_kernels.scan(logits, t, settings, scratch)
+            sums = numba_rows.scan(logits, t, settings, scratch)
             found.add((sums, second_pass and second_pass(logits, t, sums, settings, scratch)))
         assert len(found) == 1

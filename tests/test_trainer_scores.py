@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from training import CLASSES, FEATURES, ROWS, make_data, mlp, same_students, trainer_for, weights
 
 import pydistill
-from pydistill.history import Scores
+from pydistill.trainer.history import Scores
 
 CLASS_WEIGHT = torch.tensor([2.0, 0.3, 1.0, 0.6], dtype=torch.float64)
 T, ALPHA = 2.0, 0.3
@@ -390,7 +390,7 @@ def test_a_resume_within_an_epoch_keeps_its_sums(rows, tmp_path):
 
 def test_a_small_plain_step_counts_nothing_twice(rows, monkeypatch):
     calls = []
-    monkeypatch.setattr("pydistill.trainer.loss_items", lambda *args, **options: calls.append(args))
+    monkeypatch.setattr("pydistill.trainer.loop.loss_items", lambda *args, **options: calls.append(args))
     trainer_for(mlp().double()).fit(rows[:3], epochs=1, batch_size=16)
     assert calls == []
 

@@ -9,7 +9,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from pydistill.engine.compiled import CompiledBackend, load_core
-from pydistill.engine.torch_reference import TorchBackend
+from pydistill.engine.torch_backend import TorchBackend
 
 NAMES = ("compiled", "numba", "torch")
 
@@ -114,7 +114,7 @@ def _make(name, isa=None, threads=None):
     if name == "torch":
         return TorchBackend()
     if name == "numba":
-        from pydistill.engine.numba_kernels import NumbaBackend  # numba takes a second to import
+        from pydistill.engine.numba import NumbaBackend  # numba takes a second to import
 
         return NumbaBackend(threads=threads or 1)
     core = _core()

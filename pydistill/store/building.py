@@ -7,11 +7,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pydistill.modules import as_input, float_dtype, mode
+from pydistill._torch_modules import as_input, float_dtype, mode
 from pydistill.store.sources import batches
 from pydistill.store.writer import Writer
 from pydistill.targets import SoftTargets, top_k
-from pydistill.teachers import teacher_outputs
+from pydistill.teachers.outputs import teacher_outputs
 
 
 def fill(folder, manifest, request, rows, source, teacher, batch_size):

@@ -8,7 +8,7 @@ import zlib
 
 import numpy as np
 
-from pydistill.files import flush_names, form_problem, parse_json, write_through
+from pydistill._files import flush_names, form_problem, parse_json, write_through
 from pydistill.store.digests import file_crc
 from pydistill.store.layout import DTYPES, file_specs
 

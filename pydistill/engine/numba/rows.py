@@ -3,7 +3,7 @@
 A row is walked in blocks that stay in L1: block maximum, then exponentials against the running maximum, kept
 in a scratch row; the sums are rescaled when the maximum moves. The gradient is a weighted sum of what waits
 there. forward_kl needs no more; the other divergences look at the row once more, with the two functions of
-formulas.py. Top-k teachers, dkd and mse are in numba_apart.py.
+formulas.py. Top-k teachers, dkd and mse are in listed.py.
 
 float32 and float64 are computed as they are. Rows of a half type, and rows whose teacher has another dtype,
 pass through small buffers of converted rows. A block's sums are in the row's dtype, a row's in float64.
@@ -812,7 +812,7 @@ def _run_range(batch, gradient, begin, end, class_weight, plan, found, settings)
     student, teacher = batch.student, batch.teacher if settings.soft else batch.student
     dtype, classes = loss_dtype(student), student.shape[1]
     if settings.soft and (batch.teacher_indices is not None or batch.options.divergence in ("mse", "dkd")):
-        from pydistill.engine.numba_apart import kernel, teacher_arrays
+        from pydistill.engine.numba.listed import kernel, teacher_arrays
 
         run_rows, more = kernel(batch), teacher_arrays
     else:

@@ -6,7 +6,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pydistill.estimators import (
+from pydistill._torch_modules import float_dtype, mode
+from pydistill.targets import SoftTargets
+from pydistill.teachers.estimators import (
     check_classifier,
     few,
     fit_weighted,
@@ -16,8 +18,6 @@ from pydistill.estimators import (
     other_classes,
     usable_weight,
 )
-from pydistill.modules import float_dtype, mode
-from pydistill.targets import SoftTargets
 
 # Their decision values are logits: the softmax of them (of [0, d] for one column d) is predict_proba. Not so for
 # SVC, whose decision values are distances or votes, nor for AdaBoost, whose are scaled.

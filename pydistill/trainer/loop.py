@@ -14,25 +14,13 @@ import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from pydistill import checkpoint
-from pydistill.data import (
-    batch_count,
-    batches,
-    check_weight,
-    describe,
-    in_memory,
-    is_map,
-    prepare,
-    row_count,
-    split_columns,
-)
+from pydistill._torch_modules import float_dtype, mode
 from pydistill.functional import loss_items
-from pydistill.history import EpochRecord, History, Scores, Totals
 from pydistill.losses import DistillationLoss
-from pydistill.modules import float_dtype, mode
 from pydistill.store import TeacherStore
 from pydistill.targets import SoftTargets
-from pydistill.training_checks import (
+from pydistill.trainer import checkpoint
+from pydistill.trainer.checks import (
     about,
     check_callbacks,
     check_checkpoints,
@@ -55,6 +43,18 @@ from pydistill.training_checks import (
     no_batch,
     not_finite,
 )
+from pydistill.trainer.data import (
+    batch_count,
+    batches,
+    check_weight,
+    describe,
+    in_memory,
+    is_map,
+    prepare,
+    row_count,
+    split_columns,
+)
+from pydistill.trainer.history import EpochRecord, History, Scores, Totals
 
 # Multiply-adds of a step, about: parameters * rows. Two threads lost to one everywhere below this on a busy
 # machine, by up to a factor of 10 for the smallest steps; above it a step lasts long enough for a second

@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 from io import BytesIO
 from typing import NamedTuple
 
-from pydistill.files import write_whole
+from pydistill._files import write_whole
 
 
 class Bin(NamedTuple):

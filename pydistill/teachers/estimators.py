@@ -107,7 +107,7 @@ def for_labels(estimator, classes):
     needs_codes = is_a(_innermost(estimator), "xgboost", "XGBClassifier")
     if not needs_codes or classes.tolist() == list(range(len(classes))):
         return estimator
-    from pydistill.label_codes import OnLabelCodes
+    from pydistill.teachers.label_codes import OnLabelCodes
 
     return OnLabelCodes(estimator)
 

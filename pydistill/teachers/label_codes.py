@@ -3,7 +3,7 @@
 import numpy as np
 from sklearn.base import BaseEstimator, ClassifierMixin, clone
 
-from pydistill.estimators import fit_weighted
+from pydistill.teachers.estimators import fit_weighted
 
 
 class OnLabelCodes(ClassifierMixin, BaseEstimator):

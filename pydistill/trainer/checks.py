@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import CyclicLR, LRScheduler, OneCycleLR
 
-from pydistill.data import describe, row_count
 from pydistill.losses import DistillationLoss, LinearDistillationLoss
+from pydistill.trainer.data import describe, row_count
 
 _BATCH_NORMS = (torch.nn.BatchNorm1d, torch.nn.BatchNorm2d, torch.nn.BatchNorm3d)
 _LOSSES = (DistillationLoss, LinearDistillationLoss)

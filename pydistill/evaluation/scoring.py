@@ -11,11 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pydistill.comparison import Bin, ClassScores, ModelScores, Report
-from pydistill.data import describe
-from pydistill.estimators import few, is_a
-from pydistill.modules import count_parameters, float_dtype, mode
-from pydistill.training_checks import about
+from pydistill._torch_modules import count_parameters, float_dtype, mode
+from pydistill.evaluation.result import Bin, ClassScores, ModelScores, Report
+from pydistill.teachers.estimators import few, is_a
+from pydistill.trainer.checks import about
+from pydistill.trainer.data import describe
 
 _BINS = 15
 _CHUNK = 1024  # rows per call when everything is predicted

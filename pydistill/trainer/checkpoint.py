@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from pydistill.files import flush_names, form_problem, parse_json, write_through
-from pydistill.history import Scores, Totals
+from pydistill._files import flush_names, form_problem, parse_json, write_through
+from pydistill.trainer.history import Scores, Totals
 
 _NAME = re.compile(r"checkpoint-(\d{8})-([0-9a-f]{32})\.safetensors")
 _KEPT = 2

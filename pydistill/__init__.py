@@ -16,6 +16,7 @@ else:
 
 import torch  # noqa: F401  before the compiled core, so that both use torch's OpenMP pool
 
+from pydistill._version import __version__
 from pydistill.engine.backend import BackendInfo, backend_info, use_backend
 from pydistill.evaluation import report
 from pydistill.functional import LossMetrics, distillation_loss, loss_items
@@ -27,11 +28,6 @@ from pydistill.targets import SoftTargets, top_k
 from pydistill.teachers import soft_targets, teacher_outputs
 from pydistill.trainer import Trainer
 
-try:
-    __version__ = _metadata.version("pydistill-kd")
-except _metadata.PackageNotFoundError:  # a checkout that was never installed
-    __version__ = "0.1.0"
-
 __all__ = [
     "BackendInfo",
     "DistillationLoss",
@@ -41,6 +37,7 @@ __all__ = [
     "SoftTargets",
     "TeacherStore",
     "Trainer",
+    "__version__",
     "backend_info",
     "distillation_loss",
     "linear_distillation_loss",

@@ -86,3 +86,14 @@ def form_problem(value, form, key="") -> str | None:
 
 def _join(key, name) -> str:
     return f"{key}.{name}" if key else str(name)
+
+
+def safetensors_torch():
+    """The optional library."""
+    try:
+        import safetensors.torch
+    except ImportError as error:
+        raise ImportError(
+            "checkpoints and saved students need safetensors: pip install 'pydistill-kd[ship]'"
+        ) from error
+    return safetensors.torch

@@ -7,8 +7,8 @@ called at the end of ``fit``, one with ``start()`` at its beginning.
 import math
 from numbers import Real
 
+from pydistill._arguments import check_count
 from pydistill._files import form_problem
-from pydistill.trainer.checks import check_count
 
 
 class EarlyStopping:

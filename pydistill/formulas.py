@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 
 class Point(NamedTuple):
@@ -221,73 +220,6 @@ def _log_sum_exp(x):
     return torch.where(nothing, -math.inf, torch.where(nothing.unsqueeze(-1), 0, x).logsumexp(-1))
 
 
-def loss_formula(batch):
-    """The loss of a batch as differentiable torch operations: ``(loss, soft, hard)``.
-
-    Right for any device, for tensor subclasses, under functorch transforms and for every order of derivative. Its
-    memory is autograd's, several buffers of the logits' size. Nothing here looks at a value: it can be traced.
-
-    ``batch`` is an ``engine.batch.Batch``; temperature and alpha may be tensors.
-    """
-    batch, options = narrow_top_k(batch), batch.options
-    soft_rows, labelled_rows, weight, labels = counted_rows(batch)
-    dtype = loss_dtype(batch.student)
-    with_a_term = rows_with_a_term(batch, soft_rows, labelled_rows)
-    student = torch.where(with_a_term.unsqueeze(-1), batch.student.to(dtype), 0)
-    zero = student.new_zeros(student.shape[:-1])
-    soft = hard = zero
-    if batch.evaluates_soft:
-        teacher = torch.where(soft_rows.unsqueeze(-1), batch.teacher.detach().to(dtype), 0)
-        value = soft_value(student, teacher, labels, options, batch.teacher_indices, batch.log_partitions)
-        no_gradient = value.isnan() | (value == math.inf) if options.divergence == "reverse_kl" else value.isnan()
-        value = value + spoiled_gradient(student, no_gradient)
-        soft = torch.where(soft_rows, weight * value, zero)
-    if batch.labels is not None and options.hard_items != 0:
-        ce = F.cross_entropy(  # flattened: from three dimensions on it takes the second one for the classes
-            student.reshape(-1, student.shape[-1]),
-            labels.reshape(-1),
-            batch.class_weight,
-            reduction="none",
-            label_smoothing=options.label_smoothing,
-        )
-        hard = torch.where(labelled_rows, weight * ce.reshape(zero.shape), zero)
-    if options.reduction != "none":
-        soft, hard = soft.sum(), hard.sum()
-    if options.reduction == "mean":
-        counted = denominators(batch, soft_rows, labelled_rows, weight, labels)
-        soft = mean(soft, counted[0] if options.soft_items is None else options.soft_items, soft_rows)
-        hard = mean(hard, counted[1] if options.hard_items is None else options.hard_items, labelled_rows)
-    loss = combine(options.alpha, soft, hard)
-    if not batch.evaluates_soft and not batch.evaluates_hard:  # 0, of which a derivative can still be asked
-        of_rows = 0 * student.sum(-1)
-        loss = loss + (of_rows if options.reduction == "none" else of_rows.sum())
-    return loss, soft, hard
-
-
-def spoiled_gradient(student, rows):
-    """0 per row, whose gradient is NaN in the given rows, in every class, and 0 in the others.
-
-    Of itself a row whose value is NaN has a gradient that is NaN in some of its classes only, or 0: the derivative of
-    abs at NaN.
-    """
-    x = torch.where(rows, student.logsumexp(-1), 0)
-    return 0 * torch.where(rows, x - x.detach(), 1).sqrt()
-
-
-def mean(total, items, rows):
-    """``total / items``; 0 where no row counts, whatever the denominator."""
-    items = torch.as_tensor(items, dtype=total.dtype, device=total.device)
-    return total / torch.where(rows.any(), items, 1)
-
-
-def combine(alpha, soft, hard):
-    """``alpha * soft + (1 - alpha) * hard``, where a term whose weight is 0 cannot put a NaN into the sum."""
-    if isinstance(alpha, Tensor):
-        soft, hard = torch.where(alpha == 0, 0, soft), torch.where(alpha == 1, 0, hard)
-        return alpha * soft + (1 - alpha) * hard
-    return (alpha * soft if alpha > 0 else 0) + ((1 - alpha) * hard if alpha < 1 else 0)
-
-
 def log_softened(logits, temperature):
     """``log_softmax(logits / T)``. Shifted before the division, which would round large logits: 1e-5 lost at 1e4."""
     return ((logits - logits.detach().amax(-1, keepdim=True)) / temperature).log_softmax(-1)
@@ -296,59 +228,3 @@ def log_softened(logits, temperature):
 def loss_dtype(student):
     """float64 for float64 logits, float32 for all others."""
     return torch.float64 if student.dtype == torch.float64 else torch.float32
-
-
-def narrow_top_k(batch):
-    """A float64 top-k teacher beside a narrower student, relative to its largest logit and then rounded.
-
-    Its log-partitions are those of the logits as they were: rounded at 10,000, the logits would be 5e-4 off them.
-    """
-    teacher = batch.teacher
-    if batch.teacher_indices is None or teacher is None or teacher.dtype is not torch.float64:
-        return batch
-    if batch.student.dtype is torch.float64:
-        return batch
-    teacher = teacher.detach()
-    largest = teacher.amax(-1, keepdim=True)
-    partitions = batch.log_partitions
-    if partitions is not None:
-        partitions = partitions - largest.squeeze(-1) / batch.options.temperature
-    return batch._replace(teacher=(teacher - largest).float(), log_partitions=partitions)
-
-
-def counted_rows(batch):
-    """Masks of the rows that count for the soft and for the hard term, the row weights, and labels fit to gather."""
-    options = batch.options
-    rows = batch.student.shape[:-1]
-    weight = batch.sample_weight
-    if weight is None:
-        weight = batch.student.new_ones(rows, dtype=loss_dtype(batch.student))
-    soft_rows = weight != 0
-    labelled_rows, labels = torch.zeros_like(soft_rows), None
-    if batch.labels is not None:
-        labels = batch.labels.long()  # first: compared with int32 labels, an index beyond 32 bits would wrap around
-        ignored = labels == options.ignore_index
-        labels = torch.where(ignored, 0, labels)
-        labelled_rows = soft_rows & ~ignored
-        if options.unlabeled == "skip":
-            soft_rows = labelled_rows
-    # A given denominator of 0 says that no row counts for the term anywhere.
-    if options.soft_items == 0:
-        soft_rows = torch.zeros_like(soft_rows)
-    if options.hard_items == 0:
-        labelled_rows = torch.zeros_like(labelled_rows)
-    return soft_rows, labelled_rows, weight, labels
-
-
-def rows_with_a_term(batch, soft_rows, labelled_rows):
-    """Mask of the rows that count for a term that is evaluated; the gradient of the others is 0, whatever they hold."""
-    none = torch.zeros_like(soft_rows)
-    return (soft_rows if batch.options.alpha > 0 else none) | (labelled_rows if batch.options.alpha < 1 else none)
-
-
-def denominators(batch, soft_rows, labelled_rows, weight, labels):
-    """What "mean" divides the two terms by; 0 for a term that no row counts for."""
-    hard_weight = weight
-    if batch.class_weight is not None and labels is not None:
-        hard_weight = weight * batch.class_weight[labels]
-    return torch.where(soft_rows, weight, 0).sum(), torch.where(labelled_rows, hard_weight, 0).sum()

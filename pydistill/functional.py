@@ -18,7 +18,8 @@ from pydistill.engine.checks import (
     wants_op,
     warn_of_probabilities,
 )
-from pydistill.formulas import counted_rows, denominators, loss_dtype
+from pydistill.engine.counting import counted_rows, denominators
+from pydistill.formulas import loss_dtype
 
 _MOST_CLASSES = 2**31  # of a loss whose number of classes nobody gave
 

@@ -5,8 +5,9 @@ import math
 import torch
 from torch import Tensor
 
+from pydistill._arguments import lost_storage, no_storage
 from pydistill.engine import autograd, backend
-from pydistill.engine.batch import Batch, lost_storage, no_storage
+from pydistill.engine.batch import Batch
 from pydistill.engine.checks import (
     DTYPES,
     check_dense,

@@ -15,12 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-import pydistill
-from pydistill._files import flush_names, form_problem, parse_json, unfinished_path, write_through
+from pydistill._files import flush_names, form_problem, parse_json, safetensors_torch, unfinished_path, write_through
 from pydistill._torch_modules import count_parameters
+from pydistill._version import __version__
+from pydistill._wording import describe
 from pydistill.store.digests import as_bytes
-from pydistill.trainer.checkpoint import safetensors_torch
-from pydistill.trainer.data import describe
 
 _FORMAT = 1
 _TENSORS, _DOCUMENT = "student.safetensors", "student.json"
@@ -212,7 +211,7 @@ def _describe_student(student, state, metadata) -> dict:
         "parameters": count_parameters(student),
         "tensors": _layout(state),
         "tied": _ties(state),
-        "pydistill": pydistill.__version__,
+        "pydistill": __version__,
         "torch": str(torch.__version__),
         "metadata": metadata,
     }
@@ -272,8 +271,7 @@ def _matching_document(folder, digest) -> dict:
     document = next((x for x in readable if x.get("sha256") == digest), readable[0])
     if "format" in document and document["format"] != _FORMAT:
         raise ValueError(
-            f"folder holds a student in format {document['format']!r}; pydistill {pydistill.__version__} reads "
-            f"format {_FORMAT}"
+            f"folder holds a student in format {document['format']!r}; pydistill {__version__} reads format {_FORMAT}"
         )
     problem = form_problem(document, {"format": int, "sha256": str} | _DOCUMENT_FORM)
     problem = problem or form_problem(document["tensors"], dict.fromkeys(document["tensors"], _TENSOR_FORM), "tensors")

@@ -7,7 +7,7 @@ from numbers import Integral, Real
 import torch
 from torch import Tensor
 
-from pydistill.engine.batch import lost_storage, no_storage
+from pydistill._arguments import lost_storage, no_storage
 
 _SUM_TOLERANCE = {torch.float16: 1e-2, torch.bfloat16: 1e-2}
 

@@ -8,7 +8,8 @@ from torch import Tensor
 from pydistill.engine import backend
 from pydistill.engine.batch import Batch, Outcome
 from pydistill.engine.checks import check_dtensors, check_rows, in_forward_mode, in_functorch, is_batched
-from pydistill.formulas import counted_rows, denominators, loss_formula, narrow_top_k, rows_with_a_term
+from pydistill.engine.counting import counted_rows, denominators, narrow_top_k, rows_with_a_term
+from pydistill.engine.loss_formula import loss_formula
 
 
 class _Call:

@@ -68,17 +68,3 @@ class Outcome(NamedTuple):
     soft_items: float
     hard_items: float
     teacher_sums_to_one: bool
-
-
-def lost_storage(tensor) -> bool:
-    """Whether a plain tensor with elements has no memory."""
-    return tensor.data_ptr() == 0 and tensor.numel() > 0
-
-
-def no_storage(name, tensor):
-    """The error for a tensor whose storage was freed."""
-    name = "student_logits" if name == "student" else name
-    return ValueError(
-        f"{name} must have memory; its shape is {tuple(tensor.shape)}, but its storage was freed (resized to 0). Is it "
-        "a parameter that FSDP has resharded?"
-    )

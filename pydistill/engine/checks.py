@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from pydistill.engine.batch import Options, lost_storage, no_storage
+from pydistill._arguments import lost_storage, no_storage
+from pydistill.engine.batch import Options
 from pydistill.formulas import DIVERGENCES
 from pydistill.targets import SoftTargets
 

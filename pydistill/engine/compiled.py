@@ -1,6 +1,7 @@
 """The compiled backend: hands addresses to the C++ core. The only module that knows its binding."""
 
 import hashlib
+import importlib
 import importlib.metadata
 import importlib.util
 from pathlib import Path
@@ -24,9 +25,7 @@ def load_core():
     """
     package = Path(__file__).parents[1]
     if importlib.util.find_spec("pydistill._core") is not None:
-        from pydistill import _core
-
-        return _core
+        return importlib.import_module("pydistill._core")
     path = _installed_core(package)
     if path is None:
         raise ImportError("no compiled module: pydistill was installed without a working C++ compiler")

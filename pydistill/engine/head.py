@@ -13,7 +13,9 @@ from torch import Tensor
 from pydistill.engine.autograd import raises_memory_error, split_inference
 from pydistill.engine.batch import Batch, Outcome
 from pydistill.engine.checks import is_batched
-from pydistill.formulas import counted_rows, denominators, loss_dtype, loss_formula, rows_with_a_term
+from pydistill.engine.counting import counted_rows, denominators, rows_with_a_term
+from pydistill.engine.loss_formula import loss_formula
+from pydistill.formulas import loss_dtype
 
 SCRATCH_BYTES = 64 << 20
 _BLOCK_BYTES = 8 << 20  # of a half weight that is widened for a product

@@ -11,18 +11,15 @@ import torch
 
 from pydistill.engine.batch import Outcome
 from pydistill.engine.checks import check_rows, check_storage, sums_to_one
+from pydistill.engine.counting import counted_rows, denominators, rows_with_a_term
+from pydistill.engine.loss_formula import combine, mean
 from pydistill.formulas import (
     DIVERGENCES,
-    combine,
-    counted_rows,
-    denominators,
     log_softened,
     log_within_others,
     loss_dtype,
-    mean,
     outcomes,
     point,
-    rows_with_a_term,
     soft_value,
     times,
 )

@@ -12,10 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from pydistill._torch_modules import count_parameters, float_dtype, mode
+from pydistill._wording import about, describe, few
 from pydistill.evaluation.result import Bin, ClassScores, ModelScores, Report
-from pydistill.teachers.estimators import few, is_a
-from pydistill.trainer.checks import about
-from pydistill.trainer.data import describe
+from pydistill.teachers.estimators import is_a
 
 _BINS = 15
 _CHUNK = 1024  # rows per call when everything is predicted

@@ -6,6 +6,8 @@ import warnings
 import numpy as np
 from torch import nn
 
+from pydistill._wording import few
+
 
 def check_classifier(name, estimator):
     """Refuse what cannot become a teacher by ``fit``; whether it has probabilities may show only when it is fitted."""
@@ -132,8 +134,3 @@ def _innermost(estimator):
 def is_a(estimator, package, name) -> bool:
     """Whether it is of this class or derives from it, without importing the package."""
     return any(c.__name__ == name and c.__module__.split(".")[0] == package for c in type(estimator).__mro__)
-
-
-def few(classes) -> str:
-    """A list of classes for a message; of many the first ten."""
-    return repr(classes) if len(classes) <= 10 else f"{str(classes[:10])[:-1]}, ...] ({len(classes)})"

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from pydistill._torch_modules import float_dtype, mode
+from pydistill._wording import few
 from pydistill.targets import SoftTargets
 from pydistill.teachers.estimators import (
     check_classifier,
-    few,
     fit_weighted,
     for_labels,
     frozen_part,

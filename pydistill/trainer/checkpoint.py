@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from pydistill._files import flush_names, form_problem, parse_json, write_through
+from pydistill._files import flush_names, form_problem, parse_json, safetensors_torch, write_through
 from pydistill.trainer.history import Scores, Totals
 
 _NAME = re.compile(r"checkpoint-(\d{8})-([0-9a-f]{32})\.safetensors")
@@ -212,17 +212,6 @@ def _decode_file(path, data):
     except (SafetensorError, ValueError) as error:
         problem = error
     raise ValueError(f"checkpoint {path} is damaged, or not one of pydistill: {problem}")
-
-
-def safetensors_torch():
-    """The optional library."""
-    try:
-        import safetensors.torch
-    except ImportError as error:
-        raise ImportError(
-            "checkpoints and saved students need safetensors: pip install 'pydistill-kd[ship]'"
-        ) from error
-    return safetensors.torch
 
 
 def _encode(value, tensors, path):

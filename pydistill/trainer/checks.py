@@ -5,7 +5,6 @@ import math
 import os
 import warnings
 from collections.abc import Iterable, Mapping
-from contextlib import contextmanager
 from copy import deepcopy
 from numbers import Integral, Real
 
@@ -13,28 +12,14 @@ import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import CyclicLR, LRScheduler, OneCycleLR
 
+from pydistill._arguments import check_count
+from pydistill._wording import describe
 from pydistill.losses import DistillationLoss, LinearDistillationLoss
-from pydistill.trainer.data import describe, row_count
+from pydistill.trainer.data import row_count
 
 _BATCH_NORMS = (torch.nn.BatchNorm1d, torch.nn.BatchNorm2d, torch.nn.BatchNorm3d)
 _LOSSES = (DistillationLoss, LinearDistillationLoss)
 _ORDER = "the order is Trainer(student, loss, teacher=teacher)"
-
-
-def check_count(name, value) -> int:
-    """A whole number of at least 1."""
-    if isinstance(value, bool) or not isinstance(value, Integral):
-        raise TypeError(f"{name} must be an integer, got {value!r}")
-    if value < 1:
-        raise ValueError(f"{name} must be at least 1, got {value}")
-    return int(value)
-
-
-def check_flag(name, value) -> bool:
-    """True or False, and nothing that merely counts as one of them."""
-    if value is not True and value is not False:
-        raise TypeError(f"{name} must be True or False, got {value!r}")
-    return value
 
 
 def check_seed(seed) -> int | None:
@@ -304,13 +289,3 @@ def no_batch(name, epoch) -> str:
     """The message for data that turned out empty."""
     hint = "; an iterator runs out after one epoch: pass a DataLoader or a list" if epoch > 1 else ""
     return f"{name} must give at least one batch, got none in epoch {epoch}{hint}"
-
-
-@contextmanager
-def about(name):
-    """Prefixes errors with the name of the data: the loss and the student do not know whose batch it is."""
-    try:
-        yield
-    except (TypeError, ValueError, IndexError, RuntimeError) as error:
-        error.args = (f"{name}: {error}", *error.args[1:])
-        raise

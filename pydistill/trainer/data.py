@@ -1,13 +1,13 @@
 """The Trainer's data in batches: tensors and arrays in memory, a Dataset, or an iterable of batches."""
 
 import math
-from types import BuiltinFunctionType, FunctionType
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, TensorDataset, default_collate
 
+from pydistill._wording import describe
 from pydistill.store import TeacherStore
 from pydistill.targets import SoftTargets
 
@@ -217,15 +217,3 @@ def _check_finite(name, inputs):
         if bad.any():
             row = int(bad.nonzero()[0])
             raise ValueError(f"{name}: the inputs must be finite; row {row} holds a NaN or an infinity")
-
-
-def describe(value) -> str:
-    """The form of a value, for messages: types, shapes and dtypes, never the numbers."""
-    if type(value) in (tuple, list) and len(value) <= 8:
-        return f"({', '.join(map(describe, value))})"
-    if isinstance(value, type):
-        return f"the class {value.__name__}"
-    if isinstance(value, FunctionType | BuiltinFunctionType):
-        return f"the function {value.__name__}"
-    shape = f" of shape {tuple(value.shape)} and dtype {value.dtype}" if isinstance(value, Tensor) else ""
-    return type(value).__name__ + shape

@@ -14,19 +14,18 @@ import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
+from pydistill._arguments import check_count, check_flag
 from pydistill._torch_modules import float_dtype, mode
+from pydistill._wording import about, describe
 from pydistill.functional import loss_items
 from pydistill.losses import DistillationLoss
 from pydistill.store import TeacherStore
 from pydistill.targets import SoftTargets
 from pydistill.trainer import checkpoint
 from pydistill.trainer.checks import (
-    about,
     check_callbacks,
     check_checkpoints,
     check_clip_norm,
-    check_count,
-    check_flag,
     check_horizon,
     check_lone_row,
     check_loss,
@@ -47,7 +46,6 @@ from pydistill.trainer.data import (
     batch_count,
     batches,
     check_weight,
-    describe,
     in_memory,
     is_map,
     prepare,

@@ -36,7 +36,8 @@ from numba.extending import intrinsic, overload
 from pydistill import formulas
 from pydistill.engine.batch import Outcome
 from pydistill.engine.checks import bad_label, bad_weight, check_storage, sums_to_one
-from pydistill.formulas import DIVERGENCES, Point, combine, loss_dtype
+from pydistill.engine.loss_formula import combine
+from pydistill.formulas import DIVERGENCES, Point, loss_dtype
 
 _BLOCK = 512  # elements: four arrays of a block fit in L1 together
 _CHUNK_ELEMENTS = 1 << 18  # of rows converted at a time: a megabyte of float32

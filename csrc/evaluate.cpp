@@ -25,8 +25,8 @@ void put(void* array, int64_t i, double x, bool is_double) {
 }
 
 struct Counts {
-  double soft_items = 0, hard_items = 0;
-  int64_t soft_rows = 0, labelled_rows = 0;
+  double soft_items = 0, hard_items = 0;     // sums of the weights of rows that count for the term
+  int64_t soft_rows = 0, labelled_rows = 0;  // how many rows have the term, whatever their weight
 };
 
 class AlignedMemory {
@@ -45,9 +45,7 @@ class AlignedMemory {
 // Which rows count, for what and how much. Fills `plans`; nothing of the caller's is written.
 Counts plan_rows(const RowBatch& batch, bool is_double, std::vector<RowPlan>& plans, Evaluation& result) {
   const LossOptions& options = batch.options;
-  const bool mean = batch.reduction == Reduction::mean, soft = batch.evaluates_soft(),
-             hard = batch.evaluates_hard();
-  const bool soft_counts = !(mean && batch.soft_items == 0), hard_counts = !(mean && batch.hard_items == 0);
+  const bool soft = options.evaluates_soft(), hard = options.evaluates_hard();
   Counts counts;
   for (int64_t i = 0; i < batch.rows; ++i) {
     RowPlan& plan = plans[i];
@@ -67,14 +65,14 @@ Counts plan_rows(const RowBatch& batch, bool is_double, std::vector<RowPlan>& pl
       result.problem = Problem::bad_weight, result.problem_row = i;
       return counts;
     }
-    if (weight == 0 || (ignored && !options.distill_unlabeled)) continue;
+    if (weight == 0 || (ignored && options.unlabeled == Unlabeled::skip)) continue;
     counts.soft_items += weight;
     if (plan.label >= 0)
       counts.hard_items += weight * (batch.class_weight ? number(batch.class_weight, plan.label, is_double) : 1);
     if (!soft && !(hard && plan.label >= 0)) continue;  // no term: its gradient is 0, whatever it holds
     plan.weight = weight;
-    counts.soft_rows += soft_counts;
-    counts.labelled_rows += hard_counts && plan.label >= 0;
+    counts.soft_rows += soft;
+    counts.labelled_rows += options.hard_counts() && plan.label >= 0;
   }
   return counts;
 }
@@ -122,9 +120,9 @@ Evaluation evaluate(const RowBatch& batch, const IsaVariant& isa, int threads, c
   result.teacher_sums_to_one =
       soft && batch.rows > 0 && !batch.teacher_indices && sums_to_one(batch.teacher, batch.classes);
 
-  result.soft_items = batch.soft_items >= 0 ? batch.soft_items : counts.soft_items;
-  result.hard_items = batch.hard_items >= 0 ? batch.hard_items : counts.hard_items;
-  const bool mean = batch.reduction == Reduction::mean;
+  result.soft_items = options.soft_items >= 0 ? options.soft_items : counts.soft_items;
+  result.hard_items = options.hard_items >= 0 ? options.hard_items : counts.hard_items;
+  const bool mean = options.reduction == Reduction::mean;
   const double soft_items = mean ? result.soft_items : 1, hard_items = mean ? result.hard_items : 1;
   const bool any_soft = counts.soft_rows > 0, any_hard = counts.labelled_rows > 0;
   for (int64_t i = 0; i < batch.rows; ++i) {
@@ -149,15 +147,16 @@ Evaluation evaluate(const RowBatch& batch, const IsaVariant& isa, int threads, c
 
   // In the order of the rows, so that the number of threads cannot change a bit.
   double soft_sum = 0, hard_sum = 0;
-  int64_t agree = 0, correct = 0;
+  RowOutcome sums;  // of the metrics
   for (int64_t i = 0; i < batch.rows; ++i) {
     const RowOutcome& row = outcomes[i];
     const double soft_i = any_soft ? plans[i].weight * row.soft : 0;  // 0 times 0 in a row that does not count
     const double hard_i = any_hard ? plans[i].weight * row.hard : 0;
     soft_sum += soft_i;
     hard_sum += hard_i;
-    agree += row.same_argmax;  // both are false in a row that does not count
-    correct += row.correct;
+#define METRIC(name, rows) sums.name += row.name;
+#include "metrics.def"
+#undef METRIC
     if (out.loss)
       put(out.loss, i, (soft ? options.alpha * soft_i : 0) + (hard ? (1 - options.alpha) * hard_i : 0), is_double);
     if (out.soft) put(out.soft, i, soft ? soft_i : kNan, is_double);
@@ -171,10 +170,10 @@ Evaluation evaluate(const RowBatch& batch, const IsaVariant& isa, int threads, c
   result.loss = rounded(loss, is_double);
   result.soft = soft ? rounded(soft_sum, is_double) : kNan;
   result.hard = hard ? rounded(hard_sum, is_double) : kNan;
-  result.agreement =
-      batch.want_argmax && soft && counts.soft_rows ? double(agree) / double(counts.soft_rows) : kNan;
-  result.accuracy =
-      batch.want_argmax && counts.labelled_rows ? double(correct) / double(counts.labelled_rows) : kNan;
+#define METRIC(name, rows) \
+  result.name = batch.want_metrics && counts.rows ? sums.name / double(counts.rows) : kNan;
+#include "metrics.def"
+#undef METRIC
   return result;
 }
 

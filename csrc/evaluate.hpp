@@ -1,4 +1,4 @@
-// One batch: check the labels and weights, find the denominators, run the rows over threads, reduce.
+// Evaluation of one batch: check labels and weights, compute the denominators, run the rows on threads, reduce.
 #pragma once
 
 #include "dispatch.hpp"
@@ -7,14 +7,16 @@ namespace pydistill {
 
 enum class Problem : int { none, bad_label, bad_weight };
 
-// Terms and loss in the units of the public function; agreement and accuracy NaN where there is no row for them.
+// Loss, terms and denominators as the public function defines them. A metric is NaN if no row counts for it.
 struct Evaluation {
   Problem problem = Problem::none;
   int64_t problem_row = -1;
   double loss = 0, soft = 0, hard = 0;
-  double agreement = 0, accuracy = 0;
   double soft_items = 0, hard_items = 0;
-  bool teacher_sums_to_one = false;  // the first row: perhaps probabilities were passed as logits
+  bool teacher_sums_to_one = false;  // the teacher's first row may be probabilities, passed as logits
+#define METRIC(name, rows) double name = 0;
+#include "metrics.def"
+#undef METRIC
 };
 
 // Per-row results, in the compute type, for reduction="none"; null otherwise.

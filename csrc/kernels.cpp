@@ -329,7 +329,7 @@ double RowKernel<T>::difference_pass(int64_t row, RowState& state) {
     const T* s = read(batch_.student, row, begin, n, student_block_);
     const T* t = read(batch_.teacher, row, begin, n, teacher_block_);
     total += squared_difference(s, t, n, write_ ? scratch_at(begin).teacher : nullptr);
-    if (!batch_.want_argmax) continue;
+    if (!batch_.want_metrics) continue;
     const T top = block_maximum(t, n, state.max.teacher);
     if (top > state.max.teacher || begin == 0) state.max.teacher = top, state.teacher_block = begin;
   }
@@ -458,14 +458,14 @@ void RowKernel<T>::compare_argmax(int64_t row, const RowPlan& plan, const RowSta
   if (state.max.student == student_max) best = argmax(batch_.student, row, state.student_block, student_max);
   for (const Apart& a : apart_)
     if (a.student == student_max) best = std::min(best, a.index);
-  outcome.correct = best == plan.label;
+  outcome.accuracy = best == plan.label;
   if (!state.teacher_ordered) return;
   for (const Apart& a : apart_) teacher_max = std::max(teacher_max, a.teacher);
   if (!batch_.teacher_indices && state.max.teacher == teacher_max)
     teacher_best = argmax(batch_.teacher, row, state.teacher_block, teacher_max);
   for (const Apart& a : apart_)
     if (a.teacher == teacher_max) teacher_best = std::min(teacher_best, a.index);
-  outcome.same_argmax = best == teacher_best && best < batch_.classes;
+  outcome.agreement = best == teacher_best && best < batch_.classes;
 }
 
 template <class T>
@@ -510,7 +510,7 @@ RowOutcome RowKernel<T>::run(int64_t row, const RowPlan& plan) {
     for (Apart& a : apart_) a.gradient = outcome.soft;
   }
   if (hard_ && plan.label >= 0) outcome.hard = cross_entropy(row, plan, state);
-  if (batch_.want_argmax && state.student_ordered) compare_argmax(row, plan, state, outcome);
+  if (batch_.want_metrics && state.student_ordered) compare_argmax(row, plan, state, outcome);
   if (write_) write(row, plan, state, h_sum, factors);
   return outcome;
 }

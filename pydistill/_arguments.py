@@ -1,5 +1,7 @@
 """Checks that arguments of several public functions share."""
 
+import sys
+import warnings
 from numbers import Integral
 
 
@@ -31,3 +33,11 @@ def no_storage(name, tensor):
         f"{name} must have memory; its shape is {tuple(tensor.shape)}, but its storage was freed (resized to 0). Is it "
         "a parameter that FSDP has resharded?"
     )
+
+
+def warn_caller(message: str, category: type[Warning] = UserWarning) -> None:
+    """Warn with the line that called the package, however many functions of the package and of torch.nn lie between."""
+    level, frame = 2, sys._getframe(1)  # level 1 is this function
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(("pydistill", "torch.nn")):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, category, stacklevel=level)

@@ -9,10 +9,22 @@ student's logits is ``(h_j - q_j * sum_k h_k) / T``; a divergence is therefore t
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
+
+DivergenceName = Literal[
+    "forward_kl",
+    "reverse_kl",
+    "jsd",
+    "skew_forward_kl",
+    "skew_reverse_kl",
+    "total_variation",
+    "squared_hellinger",
+    "mse",
+    "dkd",
+]
 
 
 class Point(NamedTuple):

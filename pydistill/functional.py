@@ -1,31 +1,26 @@
 """The public loss function, and the denominators of its mean."""
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple, Unpack, overload
 
 import torch
 from torch import Tensor
 
+from pydistill._arguments import check_flag
 from pydistill.engine import autograd, torch_op
-from pydistill.engine.batch import Batch
-from pydistill.engine.checks import (
-    check_dense,
-    check_flags,
-    check_options,
-    check_rows,
-    check_teacher_form,
-    check_tensors,
-    is_dtensor,
-    wants_op,
-    warn_of_probabilities,
-)
+from pydistill.engine.batch import Batch, Outcome
+from pydistill.engine.checks import check_batch, check_dense, check_rows, check_tensors, warn_of_probabilities
 from pydistill.engine.counting import counted_rows, denominators
-from pydistill.formulas import loss_dtype
+from pydistill.engine.options import LossKeywords, Number, Reduction, Unlabeled, check_options
+from pydistill.engine.torch_private import is_dtensor, wants_op
+from pydistill.formulas import DivergenceName, loss_dtype
+from pydistill.targets import SoftTargets
 
-_MOST_CLASSES = 2**31  # of a loss whose number of classes nobody gave
+_MOST_CLASSES = 2**31  # stands for the number of classes where it is not given: any label is one of so many
 
 
 class LossMetrics(NamedTuple):
-    """What the pass that made the loss also found out; detached, in the loss's dtype.
+    """Metrics computed in the same pass as the loss; detached, in the loss's dtype.
 
     Attributes:
         soft_loss: the soft term, T^2 included, reduced like the loss: ``loss = alpha * soft + (1 - alpha) * hard``.
@@ -33,10 +28,10 @@ class LossMetrics(NamedTuple):
         agreement: share of the rows that count for the soft term in which student and teacher have the same argmax;
             unweighted. Ties go to the lowest class; a row with NaN disagrees.
         accuracy: share of the labelled rows that count in which the student's argmax is the label; unweighted.
-        num_items: the denominators (soft, hard) of "mean": what was divided by, or, for "sum" and "none", what "mean"
-            would have divided by.
+        num_items: the denominators (soft, hard) of "mean": those that were used, or, for "sum" and "none", those that
+            "mean" would have used.
 
-    A term that is not evaluated, and a share of no rows, is nan.
+    A term that is not evaluated is NaN, and so is a share if there is no row to average over.
     """
 
     soft_loss: Tensor
@@ -46,26 +41,56 @@ class LossMetrics(NamedTuple):
     num_items: tuple[Tensor, Tensor]
 
 
+@overload
 def distillation_loss(
-    student_logits,
-    teacher=None,
-    labels=None,
+    student_logits: Tensor,
+    teacher: Tensor | SoftTargets | None = None,
+    labels: Tensor | None = None,
     *,
-    divergence="forward_kl",
-    beta=None,
-    temperature=1.0,
-    alpha=0.5,
-    t_squared=True,
-    ignore_index=-100,
-    unlabeled="skip",
-    sample_weight=None,
-    class_weight=None,
-    label_smoothing=0.0,
-    reduction="mean",
-    num_items=None,
-    inplace=False,
-    return_metrics=False,
-):
+    inplace: bool = False,
+    return_metrics: Literal[False] = False,
+    **options: Unpack[LossKeywords],
+) -> Tensor: ...
+@overload
+def distillation_loss(
+    student_logits: Tensor,
+    teacher: Tensor | SoftTargets | None = None,
+    labels: Tensor | None = None,
+    *,
+    inplace: bool = False,
+    return_metrics: Literal[True],
+    **options: Unpack[LossKeywords],
+) -> tuple[Tensor, LossMetrics]: ...
+@overload
+def distillation_loss(
+    student_logits: Tensor,
+    teacher: Tensor | SoftTargets | None = None,
+    labels: Tensor | None = None,
+    *,
+    inplace: bool = False,
+    return_metrics: bool,
+    **options: Unpack[LossKeywords],
+) -> Tensor | tuple[Tensor, LossMetrics]: ...
+def distillation_loss(
+    student_logits: Tensor,
+    teacher: Tensor | SoftTargets | None = None,
+    labels: Tensor | None = None,
+    *,
+    divergence: DivergenceName = "forward_kl",
+    beta: float | None = None,
+    temperature: Number = 1.0,
+    alpha: Number = 0.5,
+    t_squared: bool = True,
+    ignore_index: int = -100,
+    unlabeled: Unlabeled = "skip",
+    sample_weight: Tensor | None = None,
+    class_weight: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    reduction: Reduction = "mean",
+    num_items: Number | tuple[Number, Number] | None = None,
+    inplace: bool = False,
+    return_metrics: bool = False,
+) -> Tensor | tuple[Tensor, LossMetrics]:
     r"""Knowledge-distillation loss: a divergence from the teacher's softened outputs plus cross-entropy.
 
     With p = softmax(teacher / T) and q = softmax(student / T), per row, in nats:
@@ -165,73 +190,50 @@ def distillation_loss(
         >>> print(f"{loss.item():.4f}", student_logits.grad.shape)
         0.4104 torch.Size([2, 3])
     """
-    check_flags(inplace, return_metrics)
+    # locals() has every argument by name: an option stands in this signature and in engine/options.py, nowhere between.
+    return _loss(locals())
+
+
+def _loss(arguments: Mapping[str, Any]) -> Tensor | tuple[Tensor, LossMetrics]:
+    student_logits, teacher = arguments["student_logits"], arguments["teacher"]
+    inplace, metrics = arguments["inplace"], arguments["return_metrics"]
+    check_flag("inplace", inplace)
+    check_flag("return_metrics", metrics)
     if wants_op(student_logits):
-        return _with_metrics(
-            torch_op.traced_loss(
-                student_logits,
-                teacher,
-                labels,
-                sample_weight,
-                class_weight,
-                divergence=divergence,
-                beta=beta,
-                temperature=temperature,
-                alpha=alpha,
-                t_squared=t_squared,
-                ignore_index=ignore_index,
-                unlabeled=unlabeled,
-                label_smoothing=label_smoothing,
-                reduction=reduction,
-                num_items=num_items,
-                metrics=return_metrics,
-            ),
-            student_logits,
-            return_metrics,
-        )
-    options = check_options(
-        divergence, beta, temperature, alpha, t_squared, ignore_index, unlabeled, label_smoothing, reduction, num_items
-    )
-    logits, sample_weight, class_weight, indices = check_tensors(
-        student_logits,
-        teacher,
-        labels,
-        sample_weight,
-        class_weight,
-        soft=options.alpha > 0,
-        hard=options.alpha < 1,
-    )
-    partitions = check_teacher_form(teacher, labels, options)
-    batch = Batch(student_logits, logits, labels, sample_weight, class_weight, indices, partitions, options)
-    loss, outcome = autograd.run(batch, inplace, return_metrics)
-    if outcome.teacher_sums_to_one and type(teacher) is Tensor:
-        warn_of_probabilities()
-    return (loss, make_metrics(outcome, student_logits)) if return_metrics else loss
+        outcome = torch_op.traced_loss(arguments)
+    else:
+        options = check_options(arguments)
+        labels, weights = arguments["labels"], (arguments["sample_weight"], arguments["class_weight"])
+        batch = check_batch(student_logits, teacher, labels, *weights, options)
+        outcome = autograd.run(batch, inplace, metrics)
+        if outcome.teacher_sums_to_one and type(teacher) is Tensor:
+            warn_of_probabilities()
+    return (outcome.loss, make_metrics(outcome, student_logits)) if metrics else outcome.loss
 
 
-def make_metrics(outcome, student_logits) -> LossMetrics:
-    """Of an outcome; ``student_logits`` give the rows' shape, the dtype and the device."""
-    dtype = loss_dtype(student_logits)
-    values = outcome[1:7]
+def make_metrics(outcome: Outcome, student_logits: Tensor) -> LossMetrics:
+    """Make tensors of an outcome's numbers; ``student_logits`` give the rows' shape, the dtype and the device."""
+    dtype, rows = loss_dtype(student_logits), student_logits.shape[:-1]
+    values = [outcome.soft, outcome.hard, outcome.soft_items, outcome.hard_items, *outcome.metrics.values()]
     if any(isinstance(x, Tensor) for x in values):
-        rows = student_logits.shape[:-1]
-        values = [torch.as_tensor(x, dtype=dtype, device=student_logits.device).detach() for x in values]
-        soft, hard, agreement, accuracy, soft_items, hard_items = (
-            x.reshape(rows) if x.dim() == 1 and x.shape != rows else x for x in values
-        )
-    else:  # one tensor for the six: a small batch notices
-        soft, hard, agreement, accuracy, soft_items, hard_items = torch.tensor(values, dtype=dtype).unbind()
-    return LossMetrics(soft, hard, agreement, accuracy, (soft_items, hard_items))
-
-
-def _with_metrics(outcome, student_logits, return_metrics):
-    return (outcome.loss, make_metrics(outcome, student_logits)) if return_metrics else outcome.loss
+        found = [torch.as_tensor(x, dtype=dtype, device=student_logits.device).detach() for x in values]
+        found = [x.reshape(rows) if x.dim() == 1 and x.shape != rows else x for x in found]
+    else:  # one tensor for all numbers: a small batch would notice more
+        found = list(torch.tensor(values, dtype=dtype).unbind())
+    soft, hard, soft_items, hard_items, *metrics = found
+    by_name = dict(zip(outcome.metrics, metrics, strict=True))
+    return LossMetrics(soft_loss=soft, hard_loss=hard, num_items=(soft_items, hard_items), **by_name)
 
 
 def loss_items(
-    labels, *, sample_weight=None, class_weight=None, ignore_index=-100, unlabeled="skip"
+    labels: Tensor | None,
+    *,
+    sample_weight: Tensor | None = None,
+    class_weight: Tensor | None = None,
+    ignore_index: int = -100,
+    unlabeled: Unlabeled = "skip",
 ) -> tuple[float, float]:
-    r"""Denominators of ``reduction="mean"`` for the rows of a batch: what :func:`distillation_loss` divides by.
+    r"""Denominators by which :func:`distillation_loss` divides with ``reduction="mean"``, for the rows of a batch.
 
     .. math::
         \text{soft} = \sum_i w_i \qquad \text{hard} = \sum_i w_i\, \text{class\_weight}[y_i]
@@ -270,12 +272,13 @@ def loss_items(
         >>> torch.allclose(sum(parts), pydistill.distillation_loss(logits, teacher, torch.cat(labels)))
         True
     """
-    options = check_options("forward_kl", None, 1.0, 0.5, True, ignore_index, unlabeled, 0.0, "mean", None)
+    given = {"ignore_index": ignore_index, "unlabeled": unlabeled}
+    options = check_options(distillation_loss.__kwdefaults__ | given)
     if labels is None and sample_weight is None:
         raise ValueError("labels must be given unless sample_weight says how many rows there are")
-    given = {"labels": labels, "sample_weight": sample_weight, "class_weight": class_weight}
-    given = {name: tensor for name, tensor in given.items() if tensor is not None}
-    for name, tensor in given.items():
+    for name, tensor in (("labels", labels), ("sample_weight", sample_weight), ("class_weight", class_weight)):
+        if tensor is None:
+            continue
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
         check_dense(name, tensor)
@@ -285,25 +288,28 @@ def loss_items(
                 "up over the ranks"
             )
     rows = sample_weight if labels is None else labels
+    assert rows is not None
     if sample_weight is not None and sample_weight.shape != rows.shape:
         raise ValueError(
             f"sample_weight must have the shape of labels, got {tuple(sample_weight.shape)} and {tuple(rows.shape)}"
         )
     if class_weight is not None and (class_weight.dim() != 1 or len(class_weight) == 0):
         raise ValueError(f"class_weight must have shape (C,), got {tuple(class_weight.shape)}")
-    classes = _MOST_CLASSES if class_weight is None else len(class_weight)  # any label is one of so many
+    classes = _MOST_CLASSES if class_weight is None else len(class_weight)
     stand_in = torch.empty((), dtype=torch.float64, device=rows.device).expand(rows.numel(), classes)
-    _, sample_weight, class_weight, _ = check_tensors(
-        stand_in,
-        None,
-        None if labels is None else labels.reshape(-1),
-        None if sample_weight is None else sample_weight.reshape(-1),
-        class_weight,
-        soft=False,
-        hard=False,
-    )
     labels = None if labels is None else labels.reshape(-1)
-    batch = Batch(stand_in, None, labels, sample_weight, class_weight, None, None, options)
+    sample_weight = None if sample_weight is None else sample_weight.reshape(-1)
+    checked = check_tensors(stand_in, None, labels, sample_weight, class_weight, soft=False, hard=False)
+    batch = Batch(
+        student=stand_in,
+        teacher=None,
+        labels=labels,
+        sample_weight=checked.sample_weight,
+        class_weight=checked.class_weight,
+        teacher_indices=None,
+        log_partitions=None,
+        options=options,
+    )
     check_rows(batch)
-    soft, hard = denominators(batch, *counted_rows(batch))
+    soft, hard = denominators(counted_rows(batch), batch.class_weight)
     return float(soft), float(hard)

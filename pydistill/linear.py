@@ -1,27 +1,22 @@
 """The loss behind a linear head: from hidden states and weights, without the logits of all rows."""
 
 import math
+from collections.abc import Mapping
+from typing import Any, Literal, Unpack, overload
 
 import torch
 from torch import Tensor
 
-from pydistill._arguments import lost_storage, no_storage
+from pydistill._arguments import check_count, check_flag, lost_storage, no_storage
 from pydistill.engine import autograd, backend
-from pydistill.engine.batch import Batch
-from pydistill.engine.checks import (
-    DTYPES,
-    check_dense,
-    check_flags,
-    check_options,
-    check_rows,
-    check_teacher_form,
-    check_tensors,
-    is_dtensor,
-    wants_op,
-    warn_of_probabilities,
-)
-from pydistill.engine.head import Call, FusedHead, Head
-from pydistill.functional import distillation_loss, make_metrics
+from pydistill.engine.checks import DTYPES, check_batch, check_dense, check_rows, warn_of_probabilities
+from pydistill.engine.head import Head
+from pydistill.engine.head_autograd import FusedHead, HeadCall
+from pydistill.engine.options import LossKeywords, Number, Reduction, Unlabeled, check_options
+from pydistill.engine.torch_private import is_dtensor, wants_op
+from pydistill.formulas import DivergenceName
+from pydistill.functional import LossMetrics, distillation_loss, make_metrics
+from pydistill.targets import SoftTargets
 
 
 class LinearTeacher:
@@ -48,7 +43,17 @@ class LinearTeacher:
 
     __slots__ = ("head",)
 
-    def __init__(self, hidden, weight, bias=None, *, softcap=None, logit_scale=1.0):
+    head: Head
+
+    def __init__(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        *,
+        softcap: float | None = None,
+        logit_scale: float = 1.0,
+    ) -> None:
         check_head_options(softcap, logit_scale)
         self.head = _check_head(hidden, weight, bias, softcap, logit_scale, ("hidden", "weight", "bias"))
         self.head = self.head._replace(
@@ -60,7 +65,7 @@ class LinearTeacher:
         """Shape of the logits that are never made, ``(..., C)``."""
         return torch.Size((*self.head.hidden.shape[:-1], self.head.weight.shape[0]))
 
-    def __getitem__(self, rows) -> "LinearTeacher":
+    def __getitem__(self, rows: int | slice | Tensor) -> "LinearTeacher":
         """The teacher of some rows: an index, a slice, a mask, or a tensor of indices, as in torch."""
         hidden, chosen = self.head.hidden[rows], object.__new__(type(self))
         if hidden.dim() == 0 or hidden.shape[-1] != self.head.hidden.shape[-1]:
@@ -75,30 +80,72 @@ class LinearTeacher:
         return f"LinearTeacher(shape={tuple(self.shape)}, dtype={self.head.hidden.dtype})"
 
 
+@overload
 def linear_distillation_loss(
-    student_hidden,
-    student_weight,
-    teacher=None,
-    labels=None,
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher: Tensor | SoftTargets | LinearTeacher | None = None,
+    labels: Tensor | None = None,
     *,
-    student_bias=None,
-    softcap=None,
-    logit_scale=1.0,
-    chunk_rows=None,
-    divergence="forward_kl",
-    beta=None,
-    temperature=1.0,
-    alpha=0.5,
-    t_squared=True,
-    ignore_index=-100,
-    unlabeled="skip",
-    sample_weight=None,
-    class_weight=None,
-    label_smoothing=0.0,
-    reduction="mean",
-    num_items=None,
-    return_metrics=False,
-):
+    student_bias: Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    chunk_rows: int | None = None,
+    return_metrics: Literal[False] = False,
+    **options: Unpack[LossKeywords],
+) -> Tensor: ...
+@overload
+def linear_distillation_loss(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher: Tensor | SoftTargets | LinearTeacher | None = None,
+    labels: Tensor | None = None,
+    *,
+    student_bias: Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    chunk_rows: int | None = None,
+    return_metrics: Literal[True],
+    **options: Unpack[LossKeywords],
+) -> tuple[Tensor, LossMetrics]: ...
+@overload
+def linear_distillation_loss(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher: Tensor | SoftTargets | LinearTeacher | None = None,
+    labels: Tensor | None = None,
+    *,
+    student_bias: Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    chunk_rows: int | None = None,
+    return_metrics: bool,
+    **options: Unpack[LossKeywords],
+) -> Tensor | tuple[Tensor, LossMetrics]: ...
+def linear_distillation_loss(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher: Tensor | SoftTargets | LinearTeacher | None = None,
+    labels: Tensor | None = None,
+    *,
+    student_bias: Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    chunk_rows: int | None = None,
+    divergence: DivergenceName = "forward_kl",
+    beta: float | None = None,
+    temperature: Number = 1.0,
+    alpha: Number = 0.5,
+    t_squared: bool = True,
+    ignore_index: int = -100,
+    unlabeled: Unlabeled = "skip",
+    sample_weight: Tensor | None = None,
+    class_weight: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    reduction: Reduction = "mean",
+    num_items: Number | tuple[Number, Number] | None = None,
+    return_metrics: bool = False,
+) -> Tensor | tuple[Tensor, LossMetrics]:
     r""":func:`distillation_loss` of a linear head's logits, in chunks of rows: they never exist as a whole.
 
     .. math::
@@ -156,116 +203,112 @@ def linear_distillation_loss(
         >>> hidden.grad.shape, head.weight.grad.shape
         (torch.Size([2, 8, 16]), torch.Size([1000, 16]))
     """
-    options = {
-        "divergence": divergence,
-        "beta": beta,
-        "temperature": temperature,
-        "alpha": alpha,
-        "t_squared": t_squared,
-        "ignore_index": ignore_index,
-        "unlabeled": unlabeled,
-        "label_smoothing": label_smoothing,
-        "reduction": reduction,
-        "num_items": num_items,
-    }
-    weights = {"sample_weight": sample_weight, "class_weight": class_weight}
-    student = (student_hidden, student_weight, student_bias, softcap, logit_scale)
-    arguments = (student, teacher, labels, weights, options, chunk_rows, return_metrics)
-    # Not as a decorator of _loss: torch.compiler.disable imports torch._dynamo, which takes as long as torch itself.
+    arguments = locals()  # every one by name: an option stands in this signature and in engine/options.py
+    # Not a decorator of _loss: torch.compiler.disable imports torch._dynamo, which takes as long as torch itself.
     if torch.compiler.is_dynamo_compiling():
         from pydistill.engine import between_graphs
 
-        return between_graphs.run(_loss, *arguments)
-    return _loss(*arguments)
+        return between_graphs.run(_loss, arguments)
+    return _loss(arguments)
 
 
-def _loss(student, teacher, labels, weights, options, chunk_rows, return_metrics):
-    names = ("student_hidden", "student_weight", "student_bias")
-    check_head_options(*student[3:], chunk_rows)
-    check_flags(False, return_metrics)
-    student = _check_head(*student, names)
+_NAMES = ("student_hidden", "student_weight", "student_bias")
+_OF_HEAD = (*_NAMES, "softcap", "logit_scale", "chunk_rows")
+
+
+def _loss(arguments: Mapping[str, Any]) -> Tensor | tuple[Tensor, LossMetrics]:
+    teacher, labels, metrics = arguments["teacher"], arguments["labels"], arguments["return_metrics"]
+    softcap, logit_scale, chunk_rows = arguments["softcap"], arguments["logit_scale"], arguments["chunk_rows"]
+    check_head_options(softcap, logit_scale, chunk_rows)
+    check_flag("return_metrics", metrics)
+    student = _check_head(*(arguments[name] for name in _NAMES), softcap, logit_scale, _NAMES)
     head = teacher.head if isinstance(teacher, LinearTeacher) else None
-    tensors = [*student[:3], *(head or ())[:3], labels, *weights.values()]
+    weights = arguments["sample_weight"], arguments["class_weight"]
+    tensors = [*student.tensors, *(() if head is None else head.tensors), labels, *weights]
     why = autograd.why_formula([x for x in tensors if isinstance(x, Tensor)])
     if why is not None or wants_op(student.hidden):
-        if head is not None:
-            with torch.no_grad():
-                teacher = head.logits()
-        counts = (
-            None
-            if wants_op(student.hidden)
-            else _rows_that_count(student.hidden, labels, weights["sample_weight"], options)
-        )
-        loss = distillation_loss(
-            student.logits(counts), teacher, labels, **weights, **options, return_metrics=return_metrics
-        )
-        backend.last_call.text += "; on the whole logits: " + (why or "another recorder than torch.compile")
-        return loss
-    in_memory = dict(zip(names, student[:3], strict=True))
-    if head is not None:
-        in_memory |= {"the teacher's hidden": head.hidden, "the teacher's weight": head.weight}
-    for name, tensor in in_memory.items():
-        if tensor is not None and lost_storage(tensor):
-            raise no_storage(name, tensor)
-    checked = check_options(**options)
+        return _of_whole_logits(student, head, arguments, why or "another recorder than torch.compile")
+    _check_memory(student, head)
+    options = check_options(arguments)
     logits = student.stand_in()
-    targets = teacher if head is None else head.stand_in()
-    targets, sample_weight, class_weight, indices = check_tensors(
-        logits,
-        targets,
-        labels,
-        *weights.values(),
-        soft=checked.alpha > 0,
-        hard=checked.alpha < 1,
-    )
-    partitions = check_teacher_form(teacher, labels, checked)
-    if checked.alpha == 0:
+    batch = check_batch(logits, teacher if head is None else head.stand_in(), labels, *weights, options)
+    if options.alpha == 0:
         head = None
     if head is not None:
-        head, targets = head._replace(hidden=_rows(head.hidden)), None
-    batch = autograd.flatten_constants(
-        Batch(logits, targets, labels, sample_weight, class_weight, indices, partitions, checked)
-    )
+        head = head._replace(hidden=_rows(head.hidden))
+        batch.teacher = None
+    batch = autograd.flatten_constants(batch)
     check_rows(batch)
     student = student._replace(hidden=_rows(student.hidden))
-    call = Call(student, head, batch, backend.current(), chunk_rows, return_metrics)
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in student[:3]):
-        loss = FusedHead.apply(*student[:3], call)
-        outcome, call.outcome = call.outcome, None  # it holds the loss, whose graph holds the call
+    call = HeadCall(student, head, batch, backend.current(), chunk_rows, metrics)
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in student.tensors):
+        loss = FusedHead.apply(*student.tensors, call)
+        outcome = call.take_outcome()
     else:
-        outcome = call.run(metrics=return_metrics).outcome
+        outcome = call.run(metrics=metrics).outcome
         loss = outcome.loss
     backend.last_call.text = f"{backend.current().name}, in chunks of rows"
-    if checked.reduction == "none":
+    if options.reduction == "none":
         loss = loss.reshape(logits.shape[:-1])
     if outcome.teacher_sums_to_one and type(teacher) is Tensor:
         warn_of_probabilities()
-    return (loss, make_metrics(outcome, logits)) if return_metrics else loss
+    return (loss, make_metrics(outcome, logits)) if metrics else loss
 
 
-def _rows_that_count(hidden, labels, sample_weight, options):
+def _of_whole_logits(
+    student: Head, head: Head | None, arguments: Mapping[str, Any], why: str
+) -> Tensor | tuple[Tensor, LossMetrics]:
+    """The loss of all logits at once, where the formula of torch operations or the op must run."""
+    rest = {name: value for name, value in arguments.items() if name not in _OF_HEAD}
+    if head is not None:
+        with torch.no_grad():
+            rest["teacher"] = head.logits()
+    counts = None if wants_op(student.hidden) else _rows_that_count(student.hidden, arguments)
+    loss: Tensor | tuple[Tensor, LossMetrics] = distillation_loss(student.logits(counts), **rest)
+    backend.last_call.text += f"; on the whole logits: {why}"
+    return loss
+
+
+def _check_memory(student: Head, teacher: Head | None) -> None:
+    named = dict(zip(_NAMES, student.tensors, strict=True))
+    if teacher is not None:
+        named |= {"the teacher's hidden": teacher.hidden, "the teacher's weight": teacher.weight}
+    for name, tensor in named.items():
+        if tensor is not None and lost_storage(tensor):
+            raise no_storage(name, tensor)
+
+
+def _rows_that_count(hidden: Tensor, arguments: Mapping[str, Any]) -> Tensor:
     """Mask of the rows with a term, as far as the tensors, which are checked later, fit each other."""
-    checked = check_options(**options)
+    options = check_options(arguments)
+    labels, sample_weight = arguments["labels"], arguments["sample_weight"]
 
-    def fits(rows):
+    def fits(rows: Any) -> bool:
         return isinstance(rows, Tensor) and rows.shape == hidden.shape[:-1] and rows.device == hidden.device
 
     every = torch.ones(hidden.shape[:-1], dtype=torch.bool, device=hidden.device)
-    labelled = labels.long() != checked.ignore_index if fits(labels) else every
+    labelled = labels.long() != options.ignore_index if fits(labels) else every
     counts = ~every
-    if checked.alpha > 0 and checked.soft_items != 0:
-        counts = counts | (every if checked.unlabeled == "distill" else labelled)
-    if checked.alpha < 1 and checked.hard_items != 0:
+    if options.evaluates_soft:
+        counts = counts | (every if options.unlabeled == "distill" else labelled)
+    if options.evaluates_hard:
         counts = counts | labelled
     return counts & (sample_weight != 0) if fits(sample_weight) else counts
 
 
-def _rows(hidden):
+def _rows(hidden: Tensor) -> Tensor:
     return hidden.reshape(-1, hidden.shape[-1])
 
 
-def _check_head(hidden, weight, bias, softcap, scale, names) -> Head:
-    """The rules for a head's tensors; ``names`` is what the caller calls them."""
+def _check_head(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    softcap: float | None,
+    scale: float,
+    names: tuple[str, str, str],
+) -> Head:
+    """Check a head's tensors; ``names`` are the caller's names for them."""
     for name, tensor in zip(names, (hidden, weight, bias), strict=True):
         if tensor is None and name == names[2]:
             continue
@@ -302,12 +345,12 @@ def _check_head(hidden, weight, bias, softcap, scale, names) -> Head:
     return Head(hidden, weight, bias, None if softcap is None else float(softcap), float(scale))
 
 
-def check_head_options(softcap, logit_scale, chunk_rows=None):
-    """The rules for a head's numbers."""
+def check_head_options(softcap: float | None, logit_scale: float, chunk_rows: int | None = None) -> None:
+    """Check a head's numbers."""
     for name, value in (("softcap", softcap), ("logit_scale", logit_scale)):
         if name == "softcap" and value is None:
             continue
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
             raise ValueError(f"{name} must be a positive, finite number, got {value!r}")
-    if chunk_rows is not None and (type(chunk_rows) is not int or chunk_rows < 1):
-        raise ValueError(f"chunk_rows must be a whole number of at least 1, got {chunk_rows!r}")
+    if chunk_rows is not None:
+        check_count("chunk_rows", chunk_rows)

@@ -1,20 +1,36 @@
 """Losses as modules: they store the options and call the functions."""
 
+from typing import TYPE_CHECKING, Any
+
 import torch
 from torch import Tensor
 
-from pydistill.engine.checks import check_flags, check_options
-from pydistill.functional import distillation_loss
-from pydistill.linear import check_head_options, linear_distillation_loss
+from pydistill._arguments import check_flag
+from pydistill.engine.options import Number, Reduction, Unlabeled, check_options
+from pydistill.formulas import DivergenceName
+from pydistill.functional import LossMetrics, distillation_loss
+from pydistill.linear import LinearTeacher, check_head_options, linear_distillation_loss
+from pydistill.targets import SoftTargets
+
+_PER_CALL = ("student_bias",)
+_TENSORS = ("sample_weight", "class_weight")
 
 
 class _Loss(torch.nn.Module):
-    """A loss function's keyword arguments, stored. ``_function`` is the function."""
+    """Stores a loss function's keyword arguments. ``_defaults`` are that function's defaults."""
 
-    def _store(self, options):
-        super().__init__()
-        check_options(*(options[name] for name in _CHECKED))
-        check_flags(options.get("inplace", False), options["return_metrics"])
+    _defaults: dict[str, Any]
+
+    if TYPE_CHECKING:  # every option is an attribute that may be set; torch.nn.Module takes tensors and modules only
+
+        def __getattr__(self, name: str) -> Any: ...
+        def __setattr__(self, name: str, value: Any) -> None: ...
+
+    def _store(self, arguments: dict[str, Any]) -> None:
+        options = {name: value for name, value in arguments.items() if name in self._defaults}
+        check_options(options)
+        for name in ("inplace", "return_metrics"):
+            check_flag(name, options.get(name, False))
         for name, value in options.items():
             if name in _TENSORS and value is not None and not isinstance(value, Tensor):
                 raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
@@ -23,12 +39,12 @@ class _Loss(torch.nn.Module):
             else:
                 setattr(self, name, value)
 
-    def _stored(self):
-        return {name: getattr(self, name) for name in self._function.__kwdefaults__ if name not in _PER_CALL}
+    def _stored(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in self._defaults if name not in _PER_CALL}
 
     def extra_repr(self) -> str:
-        """The options that differ from their defaults."""
-        defaults = self._function.__kwdefaults__
+        """List the options that differ from their defaults."""
+        defaults = self._defaults
         return ", ".join(f"{k}={v!r}" for k, v in self._stored().items() if isinstance(v, Tensor) or v != defaults[k])
 
 
@@ -55,30 +71,37 @@ class DistillationLoss(_Loss):
         DistillationLoss(temperature=4.0, alpha=0.7)
     """
 
+    _defaults = distillation_loss.__kwdefaults__
+
     def __init__(
         self,
         *,
-        divergence="forward_kl",
-        beta=None,
-        temperature=1.0,
-        alpha=0.5,
-        t_squared=True,
-        ignore_index=-100,
-        unlabeled="skip",
-        sample_weight=None,
-        class_weight=None,
-        label_smoothing=0.0,
-        reduction="mean",
-        num_items=None,
-        inplace=False,
-        return_metrics=False,
-    ):
-        self._store({name: value for name, value in locals().items() if name in distillation_loss.__kwdefaults__})
+        divergence: DivergenceName = "forward_kl",
+        beta: float | None = None,
+        temperature: Number = 1.0,
+        alpha: Number = 0.5,
+        t_squared: bool = True,
+        ignore_index: int = -100,
+        unlabeled: Unlabeled = "skip",
+        sample_weight: Tensor | None = None,
+        class_weight: Tensor | None = None,
+        label_smoothing: float = 0.0,
+        reduction: Reduction = "mean",
+        num_items: Number | tuple[Number, Number] | None = None,
+        inplace: bool = False,
+        return_metrics: bool = False,
+    ) -> None:
+        super().__init__()
+        self._store(locals())
 
-    _function = staticmethod(distillation_loss)
-
-    def forward(self, student_logits, teacher=None, labels=None, **options):
-        """The loss of one batch; ``options`` override the stored ones for this call."""
+    def forward(
+        self,
+        student_logits: Tensor,
+        teacher: Tensor | SoftTargets | None = None,
+        labels: Tensor | None = None,
+        **options: Any,
+    ) -> Tensor | tuple[Tensor, LossMetrics]:
+        """Compute the loss of one batch; ``options`` override the stored ones for this call."""
         return distillation_loss(student_logits, teacher, labels, **(self._stored() | options))
 
 
@@ -103,51 +126,44 @@ class LinearDistillationLoss(_Loss):
         LinearDistillationLoss(temperature=2.0, alpha=0.7)
     """
 
+    _defaults = linear_distillation_loss.__kwdefaults__
+
     def __init__(
         self,
         *,
-        softcap=None,
-        logit_scale=1.0,
-        chunk_rows=None,
-        divergence="forward_kl",
-        beta=None,
-        temperature=1.0,
-        alpha=0.5,
-        t_squared=True,
-        ignore_index=-100,
-        unlabeled="skip",
-        sample_weight=None,
-        class_weight=None,
-        label_smoothing=0.0,
-        reduction="mean",
-        num_items=None,
-        return_metrics=False,
-    ):
+        softcap: float | None = None,
+        logit_scale: float = 1.0,
+        chunk_rows: int | None = None,
+        divergence: DivergenceName = "forward_kl",
+        beta: float | None = None,
+        temperature: Number = 1.0,
+        alpha: Number = 0.5,
+        t_squared: bool = True,
+        ignore_index: int = -100,
+        unlabeled: Unlabeled = "skip",
+        sample_weight: Tensor | None = None,
+        class_weight: Tensor | None = None,
+        label_smoothing: float = 0.0,
+        reduction: Reduction = "mean",
+        num_items: Number | tuple[Number, Number] | None = None,
+        return_metrics: bool = False,
+    ) -> None:
+        super().__init__()
         check_head_options(softcap, logit_scale, chunk_rows)
-        names = linear_distillation_loss.__kwdefaults__
-        self._store({name: value for name, value in locals().items() if name in names})
+        self._store(locals())
 
-    _function = staticmethod(linear_distillation_loss)
-
-    def forward(self, student_hidden, student_weight, teacher=None, labels=None, *, student_bias=None, **options):
-        """The loss of one batch; ``options`` override the stored ones for this call."""
-        options = self._stored() | options
+    def forward(
+        self,
+        student_hidden: Tensor,
+        student_weight: Tensor,
+        teacher: Tensor | SoftTargets | LinearTeacher | None = None,
+        labels: Tensor | None = None,
+        *,
+        student_bias: Tensor | None = None,
+        **options: Any,
+    ) -> Tensor | tuple[Tensor, LossMetrics]:
+        """Compute the loss of one batch; ``options`` override the stored ones for this call."""
+        given = self._stored() | options
         return linear_distillation_loss(
-            student_hidden, student_weight, teacher, labels, student_bias=student_bias, **options
+            student_hidden, student_weight, teacher, labels, student_bias=student_bias, **given
         )
-
-
-_PER_CALL = ("student_bias",)
-_TENSORS = ("sample_weight", "class_weight")
-_CHECKED = (
-    "divergence",
-    "beta",
-    "temperature",
-    "alpha",
-    "t_squared",
-    "ignore_index",
-    "unlabeled",
-    "label_smoothing",
-    "reduction",
-    "num_items",
-)

@@ -56,7 +56,7 @@ def test_use_backend_nests_and_restores():
         ("cuda", {}, "backend must be one of compiled, numba, torch; got 'cuda'"),
         ("torch", {"isa": "avx2"}, "isa belongs to the compiled backend"),
         ("torch", {"threads": 2}, "threads belongs to the numba backend"),
-        ("numba", {"threads": 0}, "threads must be a whole number of at least 1, got 0"),
+        ("numba", {"threads": 0}, "threads must be at least 1, got 0"),
     ],
 )
 def test_bad_choices(name, options, message):

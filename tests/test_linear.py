@@ -85,7 +85,7 @@ def teacher_of(data, kind):
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
 @pytest.mark.parametrize("native", [False, True])
 def test_equals_the_unfused_loss(dtype, kind, reduction, native, monkeypatch):
-    monkeypatch.setattr(engine_head, "_native", lambda dtype: native)
+    monkeypatch.setattr(engine_head, "has_native_products", lambda dtype: native)
     data = Data(dtype)
     grad_output = torch.randn(N) if reduction == "none" else torch.tensor(-1.7)
     grad_output = grad_output.to(torch.float64 if dtype == torch.float64 else torch.float32)
@@ -106,7 +106,7 @@ def test_every_divergence_on_every_backend(variant, divergence):
 @pytest.mark.parametrize("native", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_softcap_and_scale(dtype, native, monkeypatch):
-    monkeypatch.setattr(engine_head, "_native", lambda dtype: native)
+    monkeypatch.setattr(engine_head, "has_native_products", lambda dtype: native)
     data = Data(dtype)
     options = {"softcap": 5.0, "logit_scale": 0.7}
     tolerance = TOLERANCE[dtype] * (4 if native and dtype == torch.bfloat16 else 1)
@@ -271,7 +271,7 @@ def test_three_dimensions():
 @pytest.mark.parametrize("native", [False, True])
 def test_small_updates_of_a_half_weight_are_not_lost(native, monkeypatch):
     """Each chunk adds a 500th of the first one's share: in bfloat16, of 8 bits, that sum would stand still."""
-    monkeypatch.setattr(engine_head, "_native", lambda dtype: native)
+    monkeypatch.setattr(engine_head, "has_native_products", lambda dtype: native)
     rows = 1024
     hidden = torch.full((rows, 1), 1 / 512, dtype=torch.bfloat16)
     hidden[0] = 1
@@ -291,7 +291,7 @@ def test_float16_gradients_do_not_underflow_before_the_scaler():
 
 @pytest.mark.parametrize("native", [False, True])
 def test_autocast(native, monkeypatch):
-    monkeypatch.setattr(engine_head, "_native", lambda dtype: native)
+    monkeypatch.setattr(engine_head, "has_native_products", lambda dtype: native)
     data = Data(torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
         hidden = F.linear(data.hidden, torch.eye(H))
@@ -360,7 +360,7 @@ def test_the_module():
         ({"student_bias": torch.zeros(3).double()}, ValueError, r"student_bias must be \(50,\)"),
         ({"softcap": 0.0}, ValueError, "softcap must be a positive"),
         ({"logit_scale": float("inf")}, ValueError, "logit_scale must be a positive"),
-        ({"chunk_rows": 0}, ValueError, "chunk_rows must be a whole number"),
+        ({"chunk_rows": 0}, ValueError, "chunk_rows must be at least 1"),
         ({"labels": torch.full((N,), C)}, IndexError, "row 0 holds 50"),
         ({"labels": torch.tensor([0] * 20 + [-3] * (N - 20))}, IndexError, "row 20 holds -3"),
         ({"teacher": torch.zeros(N, C + 6).double()}, ValueError, "select_classes"),

@@ -11,9 +11,9 @@ from reference import loss_and_gradient
 from torch.utils.data import DataLoader, TensorDataset
 
 import pydistill
-from pydistill.engine.batch import Batch
-from pydistill.engine.checks import check_options
+from pydistill.engine.batch import batch_of
 from pydistill.engine.numba import rows as numba_rows
+from pydistill.engine.options import check_options
 from pydistill.formulas import DIVERGENCES
 
 FORK = multiprocessing.get_context("fork")
@@ -174,12 +174,14 @@ def test_training_loop_around_forked_workers(variant):
 def test_numba_does_not_depend_on_where_its_memory_lies(divergence):
     """The bits of a short row, with the scratch at every distance behind the logits: LLVM's loops look at it."""
     buffer = np.zeros(1000, np.float32)
-    options = check_options(divergence, None, 2.0, 0.7, True, -100, "skip", 0.0, "mean", None)
+    options = check_options(
+        pydistill.distillation_loss.__kwdefaults__ | {"divergence": divergence, "temperature": 2.0, "alpha": 0.7}
+    )
     second_pass = None if divergence == "forward_kl" else numba_rows._second_pass(DIVERGENCES[divergence])
     for classes in (5, 9, 21, 40):
         row = torch.zeros(1, classes)
         settings, _ = numba_rows._settings(
-            Batch(row, row, row[0, :1].long(), None, None, None, None, options), True, False
+            batch_of(row, [row, row[0, :1].long(), None, None, None, None], options), True, False
         )
         s, t = (3 * torch.randn(2, classes)).numpy()
         logits = buffer[:classes]

@@ -1,31 +1,30 @@
-"""The autograd boundary: which path a call takes, and the gradient computed ahead of backward."""
+"""The autograd boundary: which path a call takes, and the gradient that forward computes for backward."""
 
+from collections.abc import Callable, Iterable
 from functools import wraps
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
 from pydistill.engine import backend
-from pydistill.engine.batch import Batch, Outcome
-from pydistill.engine.checks import check_dtensors, check_rows, in_forward_mode, in_functorch, is_batched
-from pydistill.engine.counting import counted_rows, denominators, narrow_top_k, rows_with_a_term
+from pydistill.engine.batch import CONSTANTS, Batch, Outcome, batch_of
+from pydistill.engine.checks import check_dtensors, check_rows
+from pydistill.engine.counting import counted_rows, denominators, narrow_top_k
 from pydistill.engine.loss_formula import loss_formula
+from pydistill.engine.metrics import METRICS, is_defined, mean_over, rows_of
+from pydistill.engine.options import Options
+from pydistill.engine.torch_private import apply_of, base_of, in_forward_mode, in_functorch, is_batched
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
 
 
-class _Call:
-    """One call of the loss on its way through autograd, which takes tensors and opaque objects only."""
-
-    __slots__ = ("batch", "engine", "inference", "inplace", "metrics", "outcome")
-
-    def __init__(self, batch, engine, inplace, metrics):
-        self.batch, self.engine, self.inplace, self.metrics = batch, engine, inplace, metrics
-
-
-def raises_memory_error(function):
-    """Out of memory is a MemoryError, whoever notices it: torch's allocator raises a RuntimeError of its own."""
+def raises_memory_error(function: Callable[_P, _R]) -> Callable[_P, _R]:
+    """Decorate a function to raise MemoryError when torch's allocator raises its RuntimeError."""
 
     @wraps(function)
-    def call(*args, **kwargs):
+    def call(*args: _P.args, **kwargs: _P.kwargs) -> _R:
         try:
             return function(*args, **kwargs)
         except (MemoryError, RuntimeError) as error:
@@ -37,11 +36,11 @@ def raises_memory_error(function):
 
 
 @raises_memory_error
-def run(batch: Batch, inplace: bool, metrics: bool):
-    """Loss of a checked batch of any number of dimensions: ``(loss, Outcome)``, differentiable in the student."""
-    why = why_formula(batch[:7])
+def run(batch: Batch, inplace: bool, metrics: bool) -> Outcome:
+    """Evaluate a checked batch of any number of dimensions. The loss is differentiable in the student's logits."""
+    why = why_formula(batch.tensors)
     if why is not None:
-        check_dtensors(zip(("student_logits", *batch._fields[1:7]), batch[:7], strict=True))
+        check_dtensors(zip(("student_logits", *CONSTANTS), batch.tensors, strict=True))
         backend.last_call.text = f"torch formula: {why}" + ("; inplace ignored" if inplace else "")
         return _run_formula(batch, metrics)
     student = batch.student
@@ -53,69 +52,92 @@ def run(batch: Batch, inplace: bool, metrics: bool):
     if wants_gradient:
         call = _Call(flat, engine, inplace, metrics)
         loss = _apply(flat.student, call)
-        outcome = call.outcome
-        del call.outcome  # it holds the loss, whose graph holds the call: a cycle would keep their memory for long
+        outcome = call.take_outcome()
     else:
         outcome = engine.evaluate(flat, None, 1.0, metrics)
         loss = outcome.loss
     backend.last_call.text = engine.name + _inplace_note(wants_gradient, batch, flat) if inplace else engine.name
     if batch.options.reduction == "none" and student.dim() != 2:
         loss = loss.reshape(student.shape[:-1])
-    return loss, outcome
+    outcome.loss = loss
+    return outcome
+
+
+class _Call:
+    """One call of the loss as autograd's function carries it: that function takes tensors and opaque objects only."""
+
+    __slots__ = ("batch", "engine", "inference", "inplace", "metrics", "options", "outcome")
+
+    batch: Batch | None
+    engine: backend.Backend | None
+    inference: list[Tensor | None] | None
+    outcome: Outcome | None
+
+    def __init__(self, batch: Batch, engine: backend.Backend, inplace: bool, metrics: bool) -> None:
+        self.batch, self.engine, self.inplace, self.metrics = batch, engine, inplace, metrics
+        self.options: Options = batch.options
+
+    def take_outcome(self) -> Outcome:
+        """Hand the outcome out and forget it: its loss refers to the graph, and the graph to this call."""
+        outcome, self.outcome = self.outcome, None
+        assert outcome is not None
+        return outcome
 
 
 class _FusedLoss(torch.autograd.Function):
-    """Loss and gradient in one pass, in forward; float16 and reduction="none" run the gradient's pass in backward.
+    """Loss and gradient in one pass, in forward. float16 and reduction="none" compute the gradient in backward.
 
-    The old style, forward with ctx: with setup_context a small batch takes 1.7 times as long.
+    The old style, with ctx in forward: with setup_context a small batch takes 1.7 times as long.
     """
 
     @staticmethod
-    def forward(ctx, student, call):
+    def forward(ctx: Any, student: Tensor, call: _Call) -> Tensor:
         batch, engine = call.batch, call.engine
+        assert batch is not None
+        assert engine is not None
         ctx.call = call
-        # float16: divided by N the gradient underflows before a loss scaler can help; "none": not known yet.
+        # float16: divided by N the gradient underflows before a loss scaler can act. "none": grad_output is not known.
         ctx.deferred = student.dtype is torch.float16 or batch.options.reduction == "none"
         gradient = None
         if not ctx.deferred:
             gradient = student.detach() if call.inplace else engine.new_gradient(student)
         outcome = call.outcome = engine.evaluate(batch, gradient, 1.0, call.metrics)
+        kept: Tensor | None = student
         if call.inplace and gradient is not None:
             torch.autograd.graph.increment_version(student)
-            student = None
-        # Tensors go through save_for_backward: attributes of ctx escape torch's check for a freed graph. It refuses
-        # those of inference_mode, which nobody can change without it.
-        constants = batch[1:7]
+            kept = None
+        # Tensors go through save_for_backward, because attributes of ctx escape torch's check for a freed graph. It
+        # refuses tensors of inference_mode, which cannot be changed outside of it.
+        constants: Iterable[Tensor | None] = batch.constants
         call.inference = None
         if True in [x is not None and x.is_inference() for x in constants]:
             call.inference, constants = split_inference(constants)
-        ctx.save_for_backward(gradient, student, *constants)
-        call.batch = batch.options
+        ctx.save_for_backward(gradient, kept, *constants)
+        call.batch = None
         return outcome.loss
 
     @staticmethod
     @raises_memory_error
-    def backward(ctx, grad_output):
-        gradient, student, *others = ctx.saved_tensors
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None]:
+        gradient, student, *constants = ctx.saved_tensors
         call = ctx.call
         if call.inference is not None:
-            others = [saved if kept is None else kept for saved, kept in zip(others, call.inference, strict=True)]
+            constants = join_inference(constants, call.inference)
         if torch.is_grad_enabled() or is_batched(grad_output):  # create_graph, is_grads_batched
             if call.inplace:
                 raise RuntimeError(
                     "inplace=True: no second derivative and no batched one, the logits are overwritten by the gradient"
                 )
-            return _second_order(Batch(student, *others, call.batch), grad_output), None
+            return _second_order(batch_of(student, constants, call.options), grad_output), None
+        engine = call.engine
         if call.inplace:
-            if call.engine is None:
+            if engine is None:
                 raise RuntimeError("inplace=True allows one backward: the gradient was handed out already")
-            engine, call.engine = call.engine, None
-        else:
-            engine = call.engine
+            call.engine = None
         if ctx.deferred:
             gradient = student.detach() if call.inplace else engine.new_gradient(student)
             scale = float(grad_output) if grad_output.dim() == 0 else grad_output.contiguous()
-            engine.evaluate(Batch(student.detach(), *others, call.batch), gradient, scale)
+            engine.evaluate(batch_of(student.detach(), constants, call.options), gradient, scale)
             if call.inplace:
                 torch.autograd.graph.increment_version(student)
         elif grad_output.item() != 1:
@@ -123,46 +145,62 @@ class _FusedLoss(torch.autograd.Function):
         return gradient, None
 
 
-# Function.apply less its look for functorch, which run() has had: a twentieth of a small batch's time.
-_apply = super(torch.autograd.Function, _FusedLoss).apply
+_apply = apply_of(_FusedLoss)
 
 
-def split_inference(tensors):
+def split_inference(tensors: Iterable[Tensor | None]) -> tuple[list[Tensor | None], list[Tensor | None]]:
     """``(those of inference_mode, the others)``, each with None in the other's places."""
     kept = [x if x is not None and x.is_inference() else None for x in tensors]
     return kept, [None if k is not None else x for k, x in zip(kept, tensors, strict=True)]
 
 
-def _second_order(batch, grad_output):
-    """The gradient as differentiable operations: the fused pass has none, and dropping them silently is wrong."""
+def join_inference(saved: Iterable[Tensor | None], kept: Iterable[Tensor | None]) -> list[Tensor | None]:
+    """The list that :func:`split_inference` split."""
+    return [s if k is None else k for s, k in zip(saved, kept, strict=True)]
+
+
+def _second_order(batch: Batch, grad_output: Tensor) -> Tensor:
+    """The gradient as differentiable operations, because the fused pass has no derivative of its own."""
     with torch.enable_grad():
-        loss, _, _ = loss_formula(batch)
-        return torch.autograd.grad(loss, batch.student, grad_output, create_graph=True)[0]
+        return torch.autograd.grad(loss_formula(batch).loss, batch.student, grad_output, create_graph=True)[0]
 
 
 def flatten(batch: Batch) -> Batch:
-    """Rows in one dimension, classes next to each other. The reshapes are autograd's business."""
-    return flatten_constants(batch)._replace(student=_as_rows(batch.student))
+    """Bring a batch into the form that backends take: rows in one dimension, classes next to each other in memory.
+
+    The reshapes are recorded by autograd.
+    """
+    flat = flatten_constants(batch)
+    flat.student = _as_rows(batch.student)
+    return flat
 
 
 def flatten_constants(batch: Batch) -> Batch:
-    """All of a batch but the student's logits as :func:`flatten` does; these only get one dimension of rows."""
-    student, teacher, labels, sample_weight, class_weight, indices, partitions, options = narrow_top_k(batch)
+    """Do as :func:`flatten` with all tensors but the student's logits, which get one dimension of rows only."""
+    batch = narrow_top_k(batch)
+
+    def rows(x: Tensor | None) -> Tensor | None:
+        return None if x is None else x.reshape(-1)
+
+    def contiguous(x: Tensor | None) -> Tensor | None:
+        return None if x is None else x.contiguous()
+
+    student, teacher, indices = batch.student, batch.teacher, batch.teacher_indices
     return Batch(
-        student if student.dim() == 2 else student.reshape(-1, student.shape[-1]),
-        None if teacher is None else _as_rows(teacher),
-        None if labels is None else labels.reshape(-1).contiguous(),
-        None if sample_weight is None else sample_weight.reshape(-1),
-        class_weight,
-        None if indices is None else _as_rows(indices).contiguous(),
-        None if partitions is None else partitions.reshape(-1).contiguous(),
-        options,
+        student=student if student.dim() == 2 else student.reshape(-1, student.shape[-1]),
+        teacher=None if teacher is None else _as_rows(teacher),
+        labels=contiguous(rows(batch.labels)),
+        sample_weight=rows(batch.sample_weight),
+        class_weight=batch.class_weight,
+        teacher_indices=None if indices is None else _as_rows(indices).contiguous(),
+        log_partitions=contiguous(rows(batch.log_partitions)),
+        options=batch.options,
     )
 
 
-def _is_flat(batch) -> bool:
-    """The common case, told quickly."""
-    student, teacher, labels = batch[:3]
+def _is_flat(batch: Batch) -> bool:
+    """Whether :func:`flatten` would change nothing; decided quickly for the common case."""
+    student, teacher, labels = batch.student, batch.teacher, batch.labels
     return (
         student.dim() == 2
         and student.is_contiguous()
@@ -178,7 +216,7 @@ def _as_rows(logits: Tensor) -> Tensor:
     return logits if logits.stride(1) == 1 else logits.contiguous()
 
 
-def _inplace_note(wants_gradient, batch, flat) -> str:
+def _inplace_note(wants_gradient: bool, batch: Batch, flat: Batch) -> str:
     if not wants_gradient:
         return "; inplace ignored: no gradient is wanted"
     if flat.student.data_ptr() != batch.student.data_ptr():
@@ -189,8 +227,8 @@ def _inplace_note(wants_gradient, batch, flat) -> str:
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 
-def why_formula(tensors) -> str | None:
-    """Why the differentiable formula must run instead of the engine; None where it need not."""
+def why_formula(tensors: Iterable[Tensor | None]) -> str | None:
+    """Return why the differentiable formula must run instead of the engine; None if the engine can."""
     for tensor in tensors:
         if tensor is not None and not (type(tensor) in _PLAIN and tensor.is_cpu):
             return f"device {tensor.device}" if type(tensor) in _PLAIN else f"tensor subclass {type(tensor).__name__}"
@@ -201,52 +239,32 @@ def why_formula(tensors) -> str | None:
     return None
 
 
-def _run_formula(batch, metrics):
-    options = batch.options
-    soft_rows, labelled_rows, weight, labels = counted_rows(batch)
-    if not in_functorch() and not batch.student.is_meta:  # neither has values to look at
+def _run_formula(batch: Batch, metrics: bool) -> Outcome:
+    given, nan = batch.options.num_items, float("nan")
+    if not in_functorch() and not batch.student.is_meta:  # neither has values to read
         check_rows(batch)
-    loss, soft, hard = loss_formula(batch)
-    nan = float("nan")
+    terms = loss_formula(batch)
+    outcome = Outcome(loss=terms.loss, soft=nan, hard=nan, soft_items=nan, hard_items=nan)
     if not metrics:
-        return loss, Outcome(loss, nan, nan, nan, nan, nan, nan, False)
-    items = denominators(batch, soft_rows, labelled_rows, weight, labels)
-    best = _first_maximum(batch.student)
-    agreement = accuracy = nan
-    if batch.teacher is not None:
-        theirs = _first_maximum(batch.teacher)
-        if batch.teacher_indices is not None:
-            of_all = batch.teacher_indices.gather(-1, theirs.clamp(min=0).unsqueeze(-1)).squeeze(-1)
-            theirs = torch.where(theirs < 0, -1, of_all)
-        agreement = _share((best == theirs) & (best >= 0), soft_rows, loss.dtype)
-    if batch.labels is not None:
-        with_a_term = rows_with_a_term(batch, soft_rows, labelled_rows)
-        accuracy = _share(best == batch.labels, labelled_rows & with_a_term, loss.dtype)
-    return loss, Outcome(
-        loss,
-        soft if options.alpha > 0 else torch.full_like(soft, nan),
-        hard if options.alpha < 1 else torch.full_like(hard, nan),
-        agreement,
-        accuracy,
-        items[0] if options.soft_items is None else options.soft_items,
-        items[1] if options.hard_items is None else options.hard_items,
-        False,
-    )
+        return outcome
+    counted = counted_rows(batch)
+    soft_items, hard_items = denominators(counted, batch.class_weight)
+    outcome.soft = terms.soft if batch.options.alpha > 0 else torch.full_like(terms.soft, nan)
+    outcome.hard = terms.hard if batch.options.alpha < 1 else torch.full_like(terms.hard, nan)
+    outcome.soft_items = soft_items if given.soft is None else given.soft
+    outcome.hard_items = hard_items if given.hard is None else given.hard
+    outcome.metrics = {
+        name: mean_over(rows_of(metric, counted), metric.of_rows(batch), terms.loss.dtype)
+        if is_defined(metric, batch)
+        else nan
+        for name, metric in METRICS.items()
+    }
+    return outcome
 
 
-def _first_maximum(logits):
-    """Index of the first maximum; -1 for a row without one (NaN, +inf, -inf throughout)."""
-    logits = logits.detach()
-    return torch.where(logits.amax(-1).isfinite(), logits.argmax(-1), -1)
-
-
-def _share(flags, rows, dtype):
-    return (flags & rows).sum().to(dtype) / rows.sum()
-
-
-def _check_inplace(batch):
+def _check_inplace(batch: Batch) -> None:
     student = batch.student
-    base = student._base  # of a view
+    base = base_of(student)
     if student.is_leaf or (base is not None and base.is_leaf and base.requires_grad):
         raise ValueError(
             "inplace=True would overwrite student_logits, a leaf (or a view of one) that requires a gradient"
@@ -257,7 +275,7 @@ def _check_inplace(batch):
             f"{tuple(student.shape)} with strides {student.stride()}"
         )
     start, end = _memory(student)
-    for name, other in zip(batch._fields[1:7], batch[1:7], strict=True):
+    for name, other in zip(CONSTANTS, batch.constants, strict=True):
         if other is None:
             continue
         first, last = _memory(other)
@@ -265,8 +283,8 @@ def _check_inplace(batch):
             raise ValueError(f"inplace=True would overwrite the {name}: {name} and student_logits overlap in memory")
 
 
-def _overlaps_itself(tensor) -> bool:
-    """Whether two indices may share an address: some dimension's stride lies within what the smaller ones span."""
+def _overlaps_itself(tensor: Tensor) -> bool:
+    """Whether two indices may share an address: some dimension's stride lies within the span of the smaller ones."""
     if tensor.is_contiguous():
         return False
     span = 1
@@ -277,10 +295,10 @@ def _overlaps_itself(tensor) -> bool:
     return False
 
 
-def _memory(tensor):
-    """First byte, and one past the last."""
-    if tensor.is_contiguous():
-        return tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
-    span = 1 + sum(stride * max(0, size - 1) for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
+def _memory(tensor: Tensor) -> tuple[int, int]:
+    """Address of the first byte, and of the byte after the last."""
     start = tensor.data_ptr()
+    if tensor.is_contiguous():
+        return start, start + tensor.nbytes
+    span = 1 + sum(stride * max(0, size - 1) for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
     return start, start + span * tensor.element_size()

@@ -1,21 +1,63 @@
-"""Which backend runs, why, and how to choose another one."""
+"""The backends: which one runs, why, and how to choose another one."""
 
 import os
 import threading
 import warnings
+from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
+from torch import Tensor
+
+from pydistill._arguments import check_count
+from pydistill.engine.batch import Batch, Outcome
 from pydistill.engine.compiled import CompiledBackend, load_core
 from pydistill.engine.torch_backend import TorchBackend
 
 NAMES = ("compiled", "numba", "torch")
 
 
+class Backend(Protocol):
+    """What every backend has."""
+
+    @property
+    def name(self) -> str:
+        """One of ``NAMES``."""
+
+    @property
+    def isa(self) -> str | None:
+        """The compiled variant; None for the other backends."""
+
+    @property
+    def threads(self) -> int:
+        """Number of threads for a large batch."""
+
+    def evaluate(
+        self,
+        batch: Batch,
+        gradient: Tensor | None = None,
+        grad_output: float | Tensor = 1.0,
+        metrics: bool = False,
+    ) -> Outcome:
+        """Evaluate one batch.
+
+        Args:
+            batch: checked, its student and teacher ``(N, C)`` with a unit inner stride.
+            gradient: None, or ``(N, C)`` with a unit inner stride and the student's dtype. All of it is written, after
+                everything was checked. It may be the student itself.
+            grad_output: a float, or for reduction="none" a tensor ``(N,)`` in the loss's dtype. The gradient is
+                multiplied by it.
+            metrics: whether the metrics are wanted.
+        """
+
+    def new_gradient(self, student: Tensor) -> Tensor:
+        """Allocate a buffer for the gradient; its values are arbitrary."""
+
+
 class BackendInfo(NamedTuple):
-    """What runs the loss here and now; see :func:`backend_info`."""
+    """The backend in use; see :func:`backend_info`."""
 
     name: str
     isa: str | None
@@ -29,32 +71,22 @@ class _LastCall(threading.local):
 
 
 last_call = _LastCall()
-_chosen: ContextVar = ContextVar("pydistill_backend", default=None)  # (backend, reason) or None
+_chosen: ContextVar[tuple[Backend, str] | None] = ContextVar("pydistill_backend", default=None)  # with the reason
 
 
-def evaluate(batch, gradient=None, grad_output=1.0, metrics=False):
-    """Run one batch on the current backend: an ``Outcome``.
-
-    Every backend has this function. ``gradient``, if given, is ``(N, C)`` with unit inner stride and the student's
-    dtype; all of it is written, after everything was checked. It may be the student itself. ``grad_output`` is a
-    float, or a tensor ``(N,)`` in the loss's dtype for reduction="none"; it is folded into the gradient.
-    """
-    return current().evaluate(batch, gradient, grad_output, metrics)
-
-
-def current():
-    """The backend object in use."""
+def current() -> Backend:
+    """The backend in use."""
     chosen = _chosen.get()
     return (chosen or _default())[0]
 
 
 def backend_info() -> BackendInfo:
-    """What runs the loss here and now, and why.
+    """Return the backend that runs the loss in this thread, and why it was chosen.
 
     Returns:
         BackendInfo: ``name`` ("compiled", "numba" or "torch"), ``isa`` (the compiled variant, None elsewhere),
-        ``threads`` (for a large batch), ``reason`` (why this backend), ``last_call`` (what this thread's latest call
-        ran on: the backend, or the torch formula and why, and whether inplace was taken up).
+        ``threads`` (for a large batch), ``reason`` (why this backend), ``last_call`` (what the latest call of this
+        thread ran on: the backend, or the torch formula and why; and whether ``inplace`` was followed).
 
     Example:
         >>> import pydistill
@@ -68,7 +100,7 @@ def backend_info() -> BackendInfo:
 
 
 @contextmanager
-def use_backend(name: str, *, isa: str | None = None, threads: int | None = None):
+def use_backend(name: str, *, isa: str | None = None, threads: int | None = None) -> Iterator[None]:
     """Run the loss on another backend within a ``with`` block, in this thread (or asyncio task) only.
 
     Args:
@@ -97,20 +129,20 @@ def use_backend(name: str, *, isa: str | None = None, threads: int | None = None
 
 
 @lru_cache(maxsize=1)
-def _core():
+def _core() -> Any:
     return load_core()
 
 
 @lru_cache(maxsize=32)
-def _make(name, isa=None, threads=None):
+def _make(name: str, isa: str | None = None, threads: int | None = None) -> Backend:
     if name not in NAMES:
         raise ValueError(f"backend must be one of {', '.join(NAMES)}; got {name!r}")
     if isa is not None and name != "compiled":
         raise ValueError(f"isa belongs to the compiled backend, got isa={isa!r} with {name!r}")
     if threads is not None and name != "numba":
         raise ValueError(f"threads belongs to the numba backend, got threads={threads!r} with {name!r}")
-    if threads is not None and (type(threads) is not int or threads < 1):
-        raise ValueError(f"threads must be a whole number of at least 1, got {threads!r}")
+    if threads is not None:
+        check_count("threads", threads)
     if name == "torch":
         return TorchBackend()
     if name == "numba":
@@ -123,7 +155,7 @@ def _make(name, isa=None, threads=None):
     return CompiledBackend(core, isa)
 
 
-def _from_environment(name, isa, setting):
+def _from_environment(name: str, isa: str | None, setting: str) -> Backend:
     try:
         return _make(name, isa)
     except ValueError as error:
@@ -131,8 +163,8 @@ def _from_environment(name, isa, setting):
 
 
 @lru_cache(maxsize=1)
-def _default():
-    """The environment's choice, else the best that is there. A worse one than compiled is announced once."""
+def _default() -> tuple[Backend, str]:
+    """The environment's choice, else the best backend available, with the reason. Warns once if it is not compiled."""
     name, isa = os.environ.get("PYDISTILL_BACKEND") or None, os.environ.get("PYDISTILL_ISA") or None
     if name is not None:
         reason = f"PYDISTILL_BACKEND={name}" + (f", PYDISTILL_ISA={isa}" if isa else "")

@@ -1,35 +1,29 @@
-"""What goes into a backend and what comes out of it."""
+"""The batch that a backend evaluates, and the outcome that it returns. Fields are read by name, never by position."""
 
-from typing import NamedTuple
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from operator import attrgetter
 
 from torch import Tensor
 
+from pydistill.engine.options import Options
 
-class Options(NamedTuple):
-    """The loss's numbers and choices, checked. ``soft_items`` and ``hard_items`` are None where they are counted."""
-
-    divergence: str
-    beta: float | None
-    temperature: float
-    alpha: float
-    t_squared: bool
-    ignore_index: int
-    unlabeled: str
-    label_smoothing: float
-    reduction: str
-    soft_items: float | None
-    hard_items: float | None
+CONSTANTS = ("teacher", "labels", "sample_weight", "class_weight", "teacher_indices", "log_partitions")
+TENSORS = ("student", *CONSTANTS)
+_constants = attrgetter(*CONSTANTS)
+_tensors = attrgetter(*TENSORS)
 
 
-class Batch(NamedTuple):
-    """The loss's tensors, checked.
+@dataclass(slots=True, eq=False)
+class Batch:
+    """The tensors of a call, checked.
 
-    student and teacher ``(N, C)``, or ``(..., C)`` for the formula; labels and sample_weight ``(N,)``; class_weight
-    ``(C,)``. teacher is None where the soft term is not evaluated, labels may be None where the hard term is not.
+    student and teacher are ``(N, C)``, or ``(..., C)`` for the formula; labels and sample_weight ``(N,)``; class_weight
+    ``(C,)``. teacher is None if the soft term is not evaluated; labels may be None if the hard term is not evaluated.
     The weights have the dtype of the loss.
 
     A top-k teacher is ``(N, k)``, with ``teacher_indices`` ``(N, k)``, int64. With ``log_partitions`` ``(N,)``,
-    float64, at the temperature in use, the rest of its mass is one more outcome.
+    float64, at the temperature in use, the classes outside the k are one more outcome, which has the rest of the mass.
     """
 
     student: Tensor
@@ -42,29 +36,48 @@ class Batch(NamedTuple):
     options: Options
 
     @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """The tensors, in the order of ``TENSORS``."""
+        return _tensors(self)  # type: ignore[no-any-return]  # attrgetter has no precise type
+
+    @property
+    def constants(self) -> tuple[Tensor | None, ...]:
+        """The tensors that get no gradient, in the order of ``CONSTANTS``."""
+        return _constants(self)  # type: ignore[no-any-return]
+
+    @property
     def evaluates_soft(self) -> bool:
-        """Whether the soft term has a weight; a given denominator of 0 says that no row counts for it anywhere."""
-        return self.teacher is not None and self.options.soft_items != 0
+        """Whether there is a teacher, and the soft term has a weight and a denominator."""
+        return self.teacher is not None and self.options.evaluates_soft
 
     @property
     def evaluates_hard(self) -> bool:
         """Whether the hard term has a weight and a denominator."""
-        return self.options.alpha < 1 and self.options.hard_items != 0
+        return self.options.evaluates_hard
 
 
-class Outcome(NamedTuple):
-    """What a backend found out about a batch. Tensors ``(N,)`` under reduction="none", where else numbers stand.
+def batch_of(student: Tensor, constants: Iterable[Tensor | None], options: Options) -> Batch:
+    """A batch from its constants in the order of ``CONSTANTS``, as autograd kept them."""
+    return Batch(student=student, options=options, **dict(zip(CONSTANTS, constants, strict=True)))
 
-    soft and hard are NaN where the term is not evaluated; agreement and accuracy where no row tells, or where they
-    were not asked for. The items are the denominators of "mean". teacher_sums_to_one: the teacher's first row is >= 0
-    and sums to 1, so that perhaps probabilities were passed as logits.
+
+@dataclass(slots=True, eq=False)
+class Outcome:
+    """What a backend computed for a batch.
+
+    Attributes:
+        loss: tensor, 0-d or ``(N,)``.
+        soft, hard: the terms: numbers, or tensors ``(N,)`` with reduction="none". NaN for a term that is not evaluated.
+        soft_items, hard_items: the denominators of "mean", also with another reduction.
+        metrics: the metrics by name; NaN if no row counts for one; empty if they were not asked for.
+        teacher_sums_to_one: whether the teacher's first row is >= 0 and sums to 1, so that it may hold probabilities
+            that were passed as logits.
     """
 
     loss: Tensor
     soft: float | Tensor
     hard: float | Tensor
-    agreement: float
-    accuracy: float
-    soft_items: float
-    hard_items: float
-    teacher_sums_to_one: bool
+    soft_items: float | Tensor
+    hard_items: float | Tensor
+    metrics: dict[str, float | Tensor] = field(default_factory=dict)
+    teacher_sums_to_one: bool = False

@@ -1,24 +1,25 @@
-"""The compiled backend: hands addresses to the C++ core. The only module that knows its binding."""
+"""The compiled backend: hands addresses to the C++ core. No other module calls the binding."""
 
 import hashlib
 import importlib
 import importlib.metadata
 import importlib.util
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
-from pydistill.engine.batch import Outcome
+from pydistill.engine.batch import Batch, Outcome
 from pydistill.engine.checks import bad_label, bad_weight, check_storage
+from pydistill.engine.options import NAMES, Options
 from pydistill.formulas import loss_dtype
 
-_DTYPE = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}  # enum DType
-_REDUCTION = {"none": 0, "sum": 1, "mean": 2}  # enum Reduction
-_KEPT_BYTES = 8 << 20  # below, the allocator's own reuse is as good
+_KEPT_BYTES = 8 << 20  # of smaller buffers the allocator's own reuse is as good
 
 
-def load_core():
-    """The compiled module: beside this package, or, for a checkout's sources, the installed one if it fits them.
+def load_core() -> Any:
+    """Import the compiled module: beside this package, or, for a checkout's sources, the installed one if it fits.
 
     Raises:
         ImportError: there is none, or the checkout's csrc/ is not what the installed one was built from.
@@ -30,6 +31,8 @@ def load_core():
     if path is None:
         raise ImportError("no compiled module: pydistill was installed without a working C++ compiler")
     spec = importlib.util.spec_from_file_location("pydistill._core", path)
+    assert spec is not None
+    assert spec.loader is not None
     core = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(core)
     if _hash_of_sources(package.parent / "csrc") != core.SOURCE_HASH:
@@ -39,7 +42,7 @@ def load_core():
     return core
 
 
-def _installed_core(package: Path):
+def _installed_core(package: Path) -> Path | None:
     """Path of the compiled module of the installed distribution, when ``package`` lies in a checkout beside csrc/."""
     if not (package.parent / "csrc").is_dir():
         return None
@@ -47,7 +50,7 @@ def _installed_core(package: Path):
         files = importlib.metadata.distribution("pydistill-kd").files or []
     except importlib.metadata.PackageNotFoundError:
         return None
-    return next((f.locate() for f in files if f.name.startswith("_core.") and f.suffix in (".so", ".pyd")), None)
+    return next((Path(f.locate()) for f in files if f.name.startswith("_core.") and f.suffix in (".so", ".pyd")), None)
 
 
 def _hash_of_sources(folder: Path) -> str:
@@ -57,93 +60,96 @@ def _hash_of_sources(folder: Path) -> str:
 
 
 class CompiledBackend:
-    """Runs batches on one ISA variant of the core, on torch's number of threads."""
+    """Evaluates batches on one ISA variant of the core, on torch's number of threads."""
 
     name = "compiled"
 
-    def __init__(self, core, isa: str | None = None):
+    def __init__(self, core: Any, isa: str | None = None) -> None:
         self._core = core
-        self.isa = core.ISAS[0] if isa is None else isa
+        self.isa: str = core.ISAS[0] if isa is None else isa
         self._variant = core.isa(self.isa)
-        self._options = {}  # a schedule changes alpha every step, so it is emptied now and then
+        self._dtypes = {getattr(torch, name): i for i, name in enumerate(core.DTYPES)}
+        self._options: dict[Options, Any] = {}
 
     @property
     def threads(self) -> int:
-        """Threads that a large batch runs on: torch's, or one where its pool cannot be used."""
-        return self._core.usable_threads(torch.get_num_threads())
+        """Threads that a large batch runs on: torch's number, or one where its pool cannot be used."""
+        return int(self._core.usable_threads(torch.get_num_threads()))
 
-    def _make_options(self, options):
-        if len(self._options) > 256:
-            self._options.clear()
-        made = self._options[options] = self._core.Options(
-            divergence=options.divergence,
-            beta=0.0 if options.beta is None else options.beta,
-            temperature=options.temperature,
-            alpha=options.alpha,
-            t_squared=options.t_squared,
-            ignore_index=options.ignore_index,
-            distill_unlabeled=options.unlabeled == "distill",
-            label_smoothing=options.label_smoothing,
-        )
+    def _options_of(self, options: Options) -> Any:
+        made = self._options.get(options)
+        if made is None:
+            if len(self._options) >= 256:  # a schedule changes alpha in every step
+                self._options.clear()
+            values = {name: getattr(options, name) for name in NAMES if name != "num_items"}
+            values |= {"soft_items": options.num_items.soft, "hard_items": options.num_items.hard}
+            given = {name: value for name, value in values.items() if value is not None}
+            made = self._options[options] = self._core.Options(**given)
         return made
 
-    def evaluate(self, batch, gradient=None, grad_output=1.0, metrics=False) -> Outcome:
-        """See :func:`pydistill.engine.backend.evaluate`."""
-        student, teacher, labels, sample_weight, class_weight, indices, partitions, options = batch
+    def evaluate(
+        self,
+        batch: Batch,
+        gradient: Tensor | None = None,
+        grad_output: float | Tensor = 1.0,
+        metrics: bool = False,
+    ) -> Outcome:
+        """See :meth:`pydistill.engine.backend.Backend.evaluate`."""
+        student, teacher, labels, indices = batch.student, batch.teacher, batch.labels, batch.teacher_indices
+        sample_weight, class_weight = batch.sample_weight, batch.class_weight
+        top_k = weights = row_outputs = per_row = None
         rows, classes = student.shape
-        per_row = options.reduction == "none"
-        loss = soft = hard = None
-        if sample_weight is not None or class_weight is not None or indices is not None:
+        if indices is not None:
             check_storage(batch)
-        if per_row:
-            loss, soft, hard = student.new_empty(3, rows, dtype=loss_dtype(student))
-        row_grad_output = None if isinstance(grad_output, float) else grad_output
-        student_at = student.data_ptr()
-        teacher_at = 0 if teacher is None else teacher.data_ptr()
-        labels_at = 0 if labels is None else labels.data_ptr()
-        if not student_at or (teacher is not None and not teacher_at) or (labels is not None and not labels_at):
+            top_k = (indices.data_ptr(), indices.shape[1], _address(batch.log_partitions))
+        if sample_weight is not None or class_weight is not None:
+            check_storage(batch)
+            weights = (_address(sample_weight), _address(class_weight))
+        if batch.options.reduction == "none":
+            per_row = student.new_empty(3, rows, dtype=loss_dtype(student))
+            row_outputs = tuple(x.data_ptr() for x in per_row)
+        of_student, of_teacher = self._matrix(student), self._matrix(teacher)
+        of_labels = None if labels is None else (labels.data_ptr(), labels.dtype is torch.int32)
+        if not (of_student[0] and (of_teacher is None or of_teacher[0]) and (of_labels is None or of_labels[0])):
             check_storage(batch)  # an address of 0: no rows, or no memory
-        result = self._core.run(
+        found = self._core.run(
             self._variant,
             torch.get_num_threads(),
-            self._options.get(options) or self._make_options(options),
-            rows,
-            classes,
-            student_at,
-            _DTYPE[student.dtype],
-            student.stride()[0],  # a third of the time of stride(0), and every microsecond shows in a small batch
-            teacher_at,
-            0 if teacher is None else _DTYPE[teacher.dtype],
-            0 if teacher is None else teacher.stride()[0],
-            0 if indices is None else indices.data_ptr(),
-            0 if indices is None else indices.shape[1],
-            0 if partitions is None else partitions.data_ptr(),
-            labels_at,
-            labels is not None and labels.dtype is torch.int32,
-            0 if sample_weight is None else sample_weight.data_ptr(),
-            0 if class_weight is None else class_weight.data_ptr(),
-            _REDUCTION[options.reduction],
-            -1.0 if options.soft_items is None else options.soft_items,  # negative: to be counted
-            -1.0 if options.hard_items is None else options.hard_items,
-            grad_output if row_grad_output is None else 1.0,
-            0 if row_grad_output is None else row_grad_output.data_ptr(),
-            0 if gradient is None else gradient.data_ptr(),
-            0 if gradient is None else gradient.stride()[0],
-            0 if loss is None else loss.data_ptr(),
-            0 if soft is None else soft.data_ptr(),
-            0 if hard is None else hard.data_ptr(),
-            metrics,
+            self._options_of(batch.options),
+            rows=rows,
+            classes=classes,
+            student=of_student,
+            teacher=of_teacher,
+            top_k=top_k,
+            labels=of_labels,
+            weights=weights,
+            grad_output=(1.0, grad_output.data_ptr()) if isinstance(grad_output, Tensor) else (grad_output, 0),
+            gradient=self._matrix(gradient),
+            row_outputs=row_outputs,
+            metrics=metrics,
         )
-        problem, row = result[:2]
-        if problem:
-            raise (bad_label if problem == 1 else bad_weight)(batch, row)
-        if per_row:
-            return Outcome(loss, soft, hard, *result[5:])
-        return Outcome(torch.scalar_tensor(result[2], dtype=loss_dtype(student)), *result[3:])
+        if "problem" in found:
+            raise (bad_label if found["problem"] == "label" else bad_weight)(batch, found["row"])
+        if per_row is not None:
+            found["loss"], found["soft"], found["hard"] = per_row
+        else:
+            found["loss"] = torch.scalar_tensor(found["loss"], dtype=loss_dtype(student))
+        return Outcome(**found)
 
-    def new_gradient(self, student):
-        """An uninitialised buffer for the gradient; a large one in the memory of an earlier one that is gone."""
+    def _matrix(self, rows: Tensor | None) -> tuple[int, int, int] | None:
+        """Address, dtype and stride of the rows."""
+        if rows is None:
+            return None
+        # stride()[0] takes a third of the time of stride(0), and a small batch notices a microsecond
+        return rows.data_ptr(), self._dtypes[rows.dtype], rows.stride()[0]
+
+    def new_gradient(self, student: Tensor) -> Tensor:
+        """Allocate a buffer for the gradient; a large one in the memory of an earlier one that was freed."""
         size = student.nbytes
         if size < _KEPT_BYTES:
             return torch.empty_like(student, memory_format=torch.contiguous_format)  # rows may overlap in memory
         return torch.frombuffer(self._core.GradientMemory(size), dtype=student.dtype).view(student.shape)
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()

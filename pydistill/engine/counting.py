@@ -1,50 +1,67 @@
 """Which rows count for which term, and the denominators of "mean"."""
 
-import torch
+import dataclasses
+from dataclasses import dataclass
 
+import torch
+from torch import Tensor
+
+from pydistill.engine.batch import Batch
 from pydistill.formulas import loss_dtype
 
 
-def counted_rows(batch):
-    """Masks of the rows that count for the soft and for the hard term, the row weights, and labels fit to gather."""
+@dataclass(slots=True, eq=False)
+class CountedRows:
+    """Which rows of a batch count; every tensor has the rows' shape.
+
+    Attributes:
+        soft, labelled: masks of the rows that count for the soft and for the hard term.
+        with_a_term: mask of the rows that count for a term with a weight. The gradient of the others is 0.
+        weight: the sample weights, 1 without; in the loss's dtype.
+        labels: int64, 0 in rows with the ignored label, so that they can index classes; None without labels.
+    """
+
+    soft: Tensor
+    labelled: Tensor
+    with_a_term: Tensor
+    weight: Tensor
+    labels: Tensor | None
+
+
+def counted_rows(batch: Batch) -> CountedRows:
+    """Apply the rules for ignored labels, sample weights of 0 and given denominators of 0."""
     options = batch.options
-    rows = batch.student.shape[:-1]
     weight = batch.sample_weight
     if weight is None:
-        weight = batch.student.new_ones(rows, dtype=loss_dtype(batch.student))
-    soft_rows = weight != 0
-    labelled_rows, labels = torch.zeros_like(soft_rows), None
+        weight = batch.student.new_ones(batch.student.shape[:-1], dtype=loss_dtype(batch.student))
+    soft = weight != 0
+    labelled, labels = torch.zeros_like(soft), None
     if batch.labels is not None:
-        labels = batch.labels.long()  # first: compared with int32 labels, an index beyond 32 bits would wrap around
+        labels = batch.labels.long()  # before the comparison: int32 labels would wrap an index beyond 32 bits around
         ignored = labels == options.ignore_index
         labels = torch.where(ignored, 0, labels)
-        labelled_rows = soft_rows & ~ignored
+        labelled = soft & ~ignored
         if options.unlabeled == "skip":
-            soft_rows = labelled_rows
-    # A given denominator of 0 says that no row counts for the term anywhere.
-    if options.soft_items == 0:
-        soft_rows = torch.zeros_like(soft_rows)
-    if options.hard_items == 0:
-        labelled_rows = torch.zeros_like(labelled_rows)
-    return soft_rows, labelled_rows, weight, labels
+            soft = labelled
+    none = torch.zeros_like(soft)
+    if options.num_items.soft == 0:
+        soft = none
+    if options.num_items.hard == 0:
+        labelled = none
+    with_a_term = (soft if options.alpha > 0 else none) | (labelled if options.alpha < 1 else none)
+    return CountedRows(soft=soft, labelled=labelled, with_a_term=with_a_term, weight=weight, labels=labels)
 
 
-def rows_with_a_term(batch, soft_rows, labelled_rows):
-    """Mask of the rows that count for a term that is evaluated; the gradient of the others is 0, whatever they hold."""
-    none = torch.zeros_like(soft_rows)
-    return (soft_rows if batch.options.alpha > 0 else none) | (labelled_rows if batch.options.alpha < 1 else none)
+def denominators(rows: CountedRows, class_weight: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The denominators (soft, hard) of "mean": sums of the counted rows' weights, 0 for a term without a row."""
+    hard_weight = rows.weight
+    if class_weight is not None and rows.labels is not None:
+        hard_weight = rows.weight * class_weight[rows.labels]
+    return torch.where(rows.soft, rows.weight, 0).sum(), torch.where(rows.labelled, hard_weight, 0).sum()
 
 
-def denominators(batch, soft_rows, labelled_rows, weight, labels):
-    """What "mean" divides the two terms by; 0 for a term that no row counts for."""
-    hard_weight = weight
-    if batch.class_weight is not None and labels is not None:
-        hard_weight = weight * batch.class_weight[labels]
-    return torch.where(soft_rows, weight, 0).sum(), torch.where(labelled_rows, hard_weight, 0).sum()
-
-
-def narrow_top_k(batch):
-    """A float64 top-k teacher beside a narrower student, relative to its largest logit and then rounded.
+def narrow_top_k(batch: Batch) -> Batch:
+    """Round a float64 top-k teacher beside a narrower student, relative to its largest logit.
 
     Its log-partitions are those of the logits as they were: rounded at 10,000, the logits would be 5e-4 off them.
     """
@@ -58,4 +75,4 @@ def narrow_top_k(batch):
     partitions = batch.log_partitions
     if partitions is not None:
         partitions = partitions - largest.squeeze(-1) / batch.options.temperature
-    return batch._replace(teacher=(teacher - largest).float(), log_partitions=partitions)
+    return dataclasses.replace(batch, teacher=(teacher - largest).float(), log_partitions=partitions)

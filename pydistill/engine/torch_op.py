@@ -1,99 +1,85 @@
 """The loss as a torch.library op, for torch.compile and torch.export.
 
 Numbers that a schedule changes (temperature, alpha, num_items) are tensor arguments: a float argument would compile
-anew for every value. The gradient is an op of its own that runs in backward with grad_output folded in: one buffer,
-and no product with a grad_output that a traced graph cannot compare to 1.
+anew for every value. The gradient is an op of its own, which backward calls with grad_output: it makes one buffer, and
+needs no product with a grad_output that a traced graph cannot compare to 1.
 """
+
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from pydistill.engine import backend
 from pydistill.engine.autograd import flatten
-from pydistill.engine.batch import Batch, Outcome
-from pydistill.engine.checks import (
-    check_options,
-    check_reduction,
-    check_teacher_form,
-    check_tensors,
-    warn_of_probabilities,
-)
+from pydistill.engine.batch import CONSTANTS, Batch, Outcome
+from pydistill.engine.checks import check_batch, check_tensors, warn_of_probabilities
+from pydistill.engine.metrics import METRICS
+from pydistill.engine.options import OPTIONS, check_options, check_reduction
 from pydistill.formulas import DIVERGENCES, loss_dtype
 from pydistill.targets import SoftTargets
 
-_ARGUMENTS = (
-    "Tensor student, Tensor? teacher, Tensor? labels, Tensor? sample_weight, Tensor? class_weight, "
-    "Tensor? teacher_indices, Tensor? log_partitions, Tensor temperature, Tensor alpha, Tensor? soft_items, "
-    "Tensor? hard_items, str divergence, float? beta, bool t_squared, int ignore_index, str unlabeled, "
-    "float label_smoothing, str reduction"
+
+def _option_arguments() -> Iterator[tuple[str, str]]:
+    for name, option in OPTIONS.items():
+        if option.op == "Items":
+            yield "Tensor?", "soft_items"
+            yield "Tensor?", "hard_items"
+        else:
+            yield option.op, name
+
+
+# (type, name) of every argument after the student's logits; tensors come first, for save_for_backward.
+_ARGUMENTS = sorted(
+    [*(("Tensor?", name) for name in CONSTANTS), *_option_arguments()], key=lambda argument: argument[0][:6] != "Tensor"
 )
+_TENSORS = sum(kind.startswith("Tensor") for kind, _ in _ARGUMENTS)
+_SCHEMA = ", ".join(["Tensor student", *(f"{kind} {name}" for kind, name in _ARGUMENTS)])
+_NAMES = [name for _, name in _ARGUMENTS]
 
 
-def traced_loss(
-    student,
-    teacher,
-    labels,
-    sample_weight,
-    class_weight,
-    *,
-    divergence,
-    beta,
-    temperature,
-    alpha,
-    t_squared,
-    ignore_index,
-    unlabeled,
-    label_smoothing,
-    reduction,
-    num_items,
-    metrics,
-) -> Outcome:
-    """What :func:`pydistill.distillation_loss` does while it is traced. Values are checked when the graph runs."""
-    check_reduction(reduction)
+def traced_loss(arguments: Mapping[str, Any]) -> Outcome:
+    """Record the call of the op for :func:`pydistill.distillation_loss`. Values are checked when the graph runs."""
+    student, teacher, divergence = arguments["student_logits"], arguments["teacher"], arguments["divergence"]
+    check_reduction("reduction", arguments["reduction"])
     if divergence not in DIVERGENCES:
         raise ValueError(f"divergence must be one of {', '.join(DIVERGENCES)}; got {divergence!r}")
-    plain_teacher = isinstance(teacher, Tensor)
     if isinstance(teacher, SoftTargets) and teacher.has_zeros and not DIVERGENCES[divergence].zeros:
         raise ValueError(
             f"teacher: {divergence} compares logits, and a probability of 0 has none; use forward_kl or jsd"
         )
-    partitions = _partitions(teacher, temperature)
-    teacher, sample_weight, class_weight, indices = check_tensors(
-        student, teacher, labels, sample_weight, class_weight, soft=teacher is not None, hard=False
+    labels, weights = arguments["labels"], (arguments["sample_weight"], arguments["class_weight"])
+    checked = check_tensors(student, teacher, labels, *weights, soft=teacher is not None, hard=False)
+    given = arguments["num_items"]
+    pair = given if isinstance(given, (tuple, list)) else (given, given)
+    values = dict(arguments)
+    for name, option in OPTIONS.items():
+        if option.op == "Tensor":
+            values[name] = _scalar(name, arguments[name], student)
+    values["soft_items"], values["hard_items"] = (None if n is None else _scalar("num_items", n, student) for n in pair)
+    values["log_partitions"] = _partitions(teacher, arguments["temperature"])
+    values["teacher"], values["teacher_indices"] = checked.teacher, checked.teacher_indices
+    values["sample_weight"], values["class_weight"] = checked.sample_weight, checked.class_weight
+    loss, soft, hard, rest = torch.ops.pydistill.distillation_loss(
+        student, *[values[name] for name in _NAMES], arguments["return_metrics"], isinstance(teacher, Tensor)
     )
-    pair = num_items if isinstance(num_items, tuple | list) else (num_items, num_items)
-    soft_items, hard_items = (None if n is None else _scalar("num_items", n, student) for n in pair)
-    outputs = torch.ops.pydistill.distillation_loss(
-        student,
-        teacher,
-        labels,
-        sample_weight,
-        class_weight,
-        indices,
-        partitions,
-        _scalar("temperature", temperature, student),
-        _scalar("alpha", alpha, student),
-        soft_items,
-        hard_items,
-        divergence,
-        beta,
-        t_squared,
-        ignore_index,
-        unlabeled,
-        label_smoothing,
-        reduction,
-        metrics,
-        plain_teacher,
+    soft_items, hard_items, *metrics = rest.unbind()
+    return Outcome(
+        loss=loss,
+        soft=soft,
+        hard=hard,
+        soft_items=soft_items,
+        hard_items=hard_items,
+        metrics=dict(zip(METRICS, metrics, strict=True)),
     )
-    loss, soft, hard, shares = outputs
-    return Outcome(loss, soft, hard, *shares.unbind(), False)
 
 
-def _partitions(teacher, temperature):
-    """The log-partitions of a top-k teacher with a bucket; which ones must be known when the graph is made."""
+def _partitions(teacher: Tensor | SoftTargets | None, temperature: float | Tensor) -> Tensor | None:
+    """Choose the log-partitions of a top-k teacher with a bucket. The choice is part of the graph."""
     if not isinstance(teacher, SoftTargets) or teacher.tail != "bucket":
         return None
-    if teacher.indices.shape[-1] == teacher.shape[-1]:
+    if teacher.indices is None or teacher.indices.shape[-1] == teacher.shape[-1]:
         return None
     if isinstance(temperature, Tensor):
         raise ValueError(
@@ -107,50 +93,38 @@ def _partitions(teacher, temperature):
     return teacher.log_partitions[temperature]
 
 
-def _scalar(name, value, student) -> Tensor:
+def _scalar(name: str, value: float | Tensor, student: Tensor) -> Tensor:
     if isinstance(value, Tensor):
         if value.requires_grad:
-            raise TypeError(f"{name} must not require a gradient: none flows into it; pass {name}.detach()")
+            raise TypeError(f"{name} must not require a gradient, since none flows into it; pass {name}.detach()")
         return value.to(torch.float64)
-    # A product, since a float in torch.full or torch.tensor is burnt into the graph and compiles anew at each value.
+    # A product, because torch.full and torch.tensor record a float as a constant: each value would compile anew.
     return torch.ones((), dtype=torch.float64, device=student.device) * value
 
 
-def _batch(student, teacher, labels, sample_weight, class_weight, indices, partitions, temperature, alpha, *rest):
-    """The op's arguments, now that they have values, checked and flattened."""
-    soft_items, hard_items, *rest = rest
-    divergence, beta, t_squared, ignore_index, unlabeled, label_smoothing, reduction = rest
-    num_items = None if soft_items is None else (soft_items, hard_items)
-    options = check_options(
-        divergence, beta, temperature, alpha, t_squared, ignore_index, unlabeled, label_smoothing, reduction, num_items
-    )
-    targets = teacher
+def _batch(student: Tensor, arguments: tuple[Any, ...]) -> Batch:
+    """Check and flatten the op's arguments, whose values are readable when the graph runs."""
+    values = dict(zip(_NAMES, arguments, strict=True))
+    soft_items, hard_items = values["soft_items"], values["hard_items"]
+    options = check_options(values | {"num_items": None if soft_items is None else (soft_items, hard_items)})
+    teacher, indices, partitions = values["teacher"], values["teacher_indices"], values["log_partitions"]
     if indices is not None:
         tail = "renormalize" if partitions is None else "bucket"
         stored = {} if partitions is None else {options.temperature: partitions}
-        targets = SoftTargets(teacher, indices=indices, classes=student.shape[-1], log_partitions=stored, tail=tail)
-    teacher, sample_weight, class_weight, indices = check_tensors(
-        student,
-        targets,
-        labels,
-        sample_weight,
-        class_weight,
-        soft=options.alpha > 0,
-        hard=options.alpha < 1,
-    )
-    partitions = check_teacher_form(targets, labels, options)
-    return flatten(Batch(student.detach(), teacher, labels, sample_weight, class_weight, indices, partitions, options))
+        teacher = SoftTargets(teacher, indices=indices, classes=student.shape[-1], log_partitions=stored, tail=tail)
+    weights = values["sample_weight"], values["class_weight"]
+    return flatten(check_batch(student.detach(), teacher, values["labels"], *weights, options))
 
 
 @torch.library.custom_op(
     "pydistill::distillation_loss",
     mutates_args=(),
-    schema=f"({_ARGUMENTS}, bool metrics, bool plain_teacher) -> (Tensor, Tensor, Tensor, Tensor)",
+    schema=f"({_SCHEMA}, bool metrics, bool plain_teacher) -> (Tensor, Tensor, Tensor, Tensor)",
 )
-def _loss_op(student, *arguments):
-    """Loss, soft term, hard term, and (agreement, accuracy, soft items, hard items)."""
-    *arguments, metrics, plain_teacher = arguments
-    outcome = backend.evaluate(_batch(student, *arguments), metrics=metrics)
+def _loss_op(student: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Loss, soft term, hard term; and the denominators (soft, hard) followed by the metrics."""
+    *arguments, metrics, plain_teacher = arguments  # type: ignore[assignment]  # a list from a tuple
+    outcome = backend.current().evaluate(_batch(student, tuple(arguments)), metrics=metrics)
     backend.last_call.text = (
         f"{backend.current().name}, through the torch.library op (compile, export, or another recorder)"
     )
@@ -159,28 +133,29 @@ def _loss_op(student, *arguments):
     dtype = loss_dtype(student)
     rows = outcome.loss.dim() == 1
 
-    def own(x):  # an op's results share no memory
+    def own(x: float | Tensor) -> Tensor:  # the results of an op share no memory
         x = x.clone() if isinstance(x, Tensor) else torch.tensor(x)
         return x.to(dtype).reshape(student.shape[:-1]) if rows else x.to(dtype)
 
-    return own(outcome.loss), own(outcome.soft), own(outcome.hard), torch.tensor(outcome[3:7], dtype=dtype)
+    found = [outcome.soft_items, outcome.hard_items, *(outcome.metrics.get(name, float("nan")) for name in METRICS)]
+    return own(outcome.loss), own(outcome.soft), own(outcome.hard), torch.tensor(found, dtype=dtype)
 
 
 @_loss_op.register_fake
-def _(student, *arguments):
-    shape = student.shape[:-1] if arguments[-3] == "none" else ()
+def _(student: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    shape = student.shape[:-1] if arguments[_NAMES.index("reduction")] == "none" else ()
     results = (student.new_empty(shape, dtype=loss_dtype(student)) for _ in range(3))
-    return *results, student.new_empty(4, dtype=loss_dtype(student))
+    return *results, student.new_empty(2 + len(METRICS), dtype=loss_dtype(student))
 
 
 @torch.library.custom_op(
     "pydistill::distillation_loss_backward",
     mutates_args=(),
-    schema=f"(Tensor grad_output, {_ARGUMENTS}) -> Tensor",
+    schema=f"(Tensor grad_output, {_SCHEMA}) -> Tensor",
 )
-def _gradient_op(grad_output, student, *arguments):
+def _gradient_op(grad_output: Tensor, student: Tensor, *arguments: Any) -> Tensor:
     """The gradient of the loss with respect to the student's logits, times grad_output."""
-    batch = _batch(student, *arguments)
+    batch = _batch(student, arguments)
     engine = backend.current()
     gradient = engine.new_gradient(batch.student)
     scale = float(grad_output) if batch.options.reduction != "none" else grad_output.reshape(-1).contiguous()
@@ -189,19 +164,19 @@ def _gradient_op(grad_output, student, *arguments):
 
 
 @_gradient_op.register_fake
-def _(grad_output, student, *arguments):
+def _(grad_output: Tensor, student: Tensor, *arguments: Any) -> Tensor:
     return student.new_empty(student.shape)
 
 
-def _setup_context(ctx, inputs, output):
-    ctx.save_for_backward(*inputs[:11])
-    ctx.choices = inputs[11:-2]
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    student, *arguments = inputs
+    ctx.save_for_backward(student, *arguments[:_TENSORS])
+    ctx.choices = arguments[_TENSORS : len(_NAMES)]
 
 
-def _backward(ctx, grad_output, *unused):
+def _backward(ctx: Any, grad_output: Tensor, *unused: Any) -> tuple[Tensor | None, ...]:
     gradient = torch.ops.pydistill.distillation_loss_backward(grad_output, *ctx.saved_tensors, *ctx.choices)
-    others = len(ctx.saved_tensors) - 1 + len(ctx.choices) + 2  # and the op's last two arguments
-    return gradient, *(None,) * others
+    return gradient, *(None for _ in _NAMES), None, None  # the last two: metrics, plain_teacher
 
 
 _loss_op.register_autograd(_backward, setup_context=_setup_context)

@@ -168,7 +168,7 @@ Call with_options(Call call, uint64_t seed) {
   if (options.beta > 0 && !dkd) options.beta = random.pick({0.5, 0.1, 0.9, 0.02});
   const bool needs_labels = options.alpha < 1 || dkd;
   call.labels = random.pick({Labels::wide, Labels::narrow, needs_labels ? Labels::wide : Labels::none});
-  options.distill_unlabeled = !dkd && random.chance(0.3);
+  options.unlabeled = !dkd && random.chance(0.3) ? Unlabeled::distill : Unlabeled::skip;
   call.values = random.pick({Values::plain, Values::plain, Values::masked, Values::wild});
   if (call.values != Values::masked && random.chance(0.4)) options.label_smoothing = 0.1;
   call.ignored_rows = call.labels != Labels::none && random.chance(0.5);
@@ -218,7 +218,7 @@ Inputs make_inputs(const Call& call) {
     if (call.values == Values::masked && !call.one_student_row && !call.one_teacher_row)
       mask_row(random, call, row, indices, student, teacher);
     const bool ignored = row.label == call.options.ignore_index;
-    if (row.weight == 0 || (ignored && (call.options.alpha == 0 || !call.options.distill_unlabeled))) {
+    if (row.weight == 0 || (ignored && (call.options.alpha == 0 || call.options.unlabeled == Unlabeled::skip))) {
       if (!call.one_student_row) std::fill_n(student, classes, kNan);  // it counts for nothing, whatever it holds
       if (!call.one_teacher_row) std::fill_n(teacher, width, kNan);
     }
@@ -261,7 +261,7 @@ std::string describe(const Call& call) {
        << (call.labels == Labels::none   ? "none"
            : call.labels == Labels::wide ? "int64"
                                          : "int32")
-       << (call.ignored_rows ? ", ignored rows" : "") << (options.distill_unlabeled ? ", distill_unlabeled" : "")
+       << (call.ignored_rows ? ", ignored rows" : "") << (options.unlabeled == Unlabeled::distill ? ", unlabeled=distill" : "")
        << (call.sample_weight ? ", sample_weight" : "") << (call.class_weight ? ", class_weight" : "")
        << (call.reduction == Reduction::none  ? ", none"
            : call.reduction == Reduction::sum ? ", sum"

@@ -170,7 +170,7 @@ Expected expected(const Call& call, const Inputs& in, const std::vector<double>&
                   in.indices.empty() ? nullptr : &in.indices[at * size_t(call.listed)],
                   in.log_partitions.empty() ? 0 : in.log_partitions[at], label_of(call, in, i)};
     const bool labelled = row.label >= 0, ignored = row.label == options.ignore_index;
-    const bool counts = weight[at] > 0 && !(ignored && !options.distill_unlabeled);
+    const bool counts = weight[at] > 0 && !(ignored && options.unlabeled == Unlabeled::skip);
     if (counts) out.soft_items += weight[at];
     if (counts && labelled) out.hard_items += weight[at] * class_weight[size_t(row.label)];
     const bool has_soft = counts && alpha > 0 && soft_counts;

@@ -109,11 +109,11 @@ Prepared prepare(const Call& call, const Inputs& in, Memory& memory) {
   batch.sample_weight = memory.place(Role::sample_weight, in.sample_weight);
   batch.class_weight = memory.place(Role::class_weight, in.class_weight);
   batch.options = call.options;
-  batch.reduction = call.reduction;
-  batch.soft_items = call.soft_items, batch.hard_items = call.hard_items;
+  batch.options.reduction = call.reduction;
+  batch.options.soft_items = call.soft_items, batch.options.hard_items = call.hard_items;
   batch.grad_output = call.grad_output;
   batch.row_grad_output = memory.place(Role::row_grad_output, in.row_grad_output);
-  batch.want_argmax = call.metrics;
+  batch.want_metrics = call.metrics;
   if (call.gradient) {
     void* data = call.in_place ? batch.student.data
                                : memory.place(Role::gradient, std::vector<char>(gradient_bytes(call), kUnwritten));

@@ -19,6 +19,7 @@ differences and the rounding in `exp2` must stay as they are written.
 Denormal numbers are not flushed to zero as in the C++ core: rows whose exponentials end there are slower.
 """
 
+import dataclasses
 import math
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -697,7 +698,7 @@ class NumbaBackend:
         plan, items = _plan_rows(batch, grad_output)
         # Grad mode belongs to a thread: what the workers touch must not require a gradient.
         teacher = None if batch.teacher is None else batch.teacher.detach()
-        batch = batch._replace(student=batch.student.detach(), teacher=teacher)
+        batch = dataclasses.replace(batch, student=batch.student.detach(), teacher=teacher)
         gradient = None if gradient is None else gradient.detach()
         rows, classes = batch.student.shape
         found = _Found(np.zeros(rows), np.zeros(rows), np.zeros(rows, np.bool_), np.zeros(rows, np.bool_))
@@ -753,7 +754,7 @@ def _plan_rows(batch, grad_output):
     if batch.class_weight is not None and batch.labels is not None:
         hard_weight *= batch.class_weight.numpy()[np.maximum(label, 0)]
     counted = (weight.sum(), hard_weight.sum())
-    given = (options.soft_items, options.hard_items)
+    given = options.num_items
     items = tuple(np.float64(c if g is None else g) for c, g in zip(counted, given, strict=True))
     if not batch.evaluates_soft:  # a row without a term has gradient 0, whatever it holds
         weight[label < 0 if batch.evaluates_hard else slice(None)] = 0
@@ -761,7 +762,7 @@ def _plan_rows(batch, grad_output):
     mean = options.reduction == "mean"
     scale = weight * (grad_output.detach().numpy() if isinstance(grad_output, torch.Tensor) else grad_output)
     with np.errstate(all="ignore"):  # 0 / 0 where no row counts for a term
-        soft_scale = options.alpha * scale / (items[0] if mean else 1) if options.soft_items != 0 else 0 * scale
+        soft_scale = options.alpha * scale / (items[0] if mean else 1) if options.num_items.soft != 0 else 0 * scale
         hard_scale = np.where(label >= 0, (1 - options.alpha) * scale / (items[1] if mean else 1), 0)
     if not batch.evaluates_hard:
         hard_scale[:] = 0
@@ -864,8 +865,8 @@ def _new_scratch(classes, settings, dtype):
 def _reduce(batch, plan, found, items, metrics):
     """The batch's loss from its rows', in their order: the number of threads cannot change a bit."""
     options, dtype = batch.options, loss_dtype(batch.student)
-    counted = (plan.weight != 0) & (options.soft_items != 0)
-    labelled = (plan.weight != 0) & (plan.label >= 0) & (options.hard_items != 0)
+    counted = (plan.weight != 0) & (options.num_items.soft != 0)
+    labelled = (plan.weight != 0) & (plan.label >= 0) & (options.num_items.hard != 0)
     terms = []
     for on, of_row, rows, denominator in (
         (batch.teacher is not None, found.soft, counted, items[0]),
@@ -888,4 +889,12 @@ def _reduce(batch, plan, found, items, metrics):
         agreement = float(found.agree.sum() / counted.sum())
     if metrics and labelled.any():
         accuracy = float(found.correct.sum() / labelled.sum())
-    return Outcome(loss, soft, hard, agreement, accuracy, float(items[0]), float(items[1]), sums_to_one(batch))
+    return Outcome(
+        loss=loss,
+        soft=soft,
+        hard=hard,
+        soft_items=float(items[0]),
+        hard_items=float(items[1]),
+        metrics={"agreement": agreement, "accuracy": accuracy},
+        teacher_sums_to_one=sums_to_one(batch),
+    )

@@ -14,66 +14,45 @@ using namespace pydistill;
 
 namespace {
 
-struct TopK {
-  const int64_t* indices = nullptr;
-  int64_t classes = 0;
-  const double* log_partitions = nullptr;
-};
-
-struct Labels {
-  const void* data = nullptr;
-  bool are_int32 = false;
-};
-
-struct Weights {
-  const void *sample = nullptr, *of_classes = nullptr;
-};
-
-struct GradOutput {
-  double factor = 1;
-  const void* of_rows = nullptr;
-};
+// A name as an interned Python string, made once for each place in the code.
+#define NAME(name)                                                      \
+  [] {                                                                  \
+    static PyObject* const interned = PyUnicode_InternFromString(name); \
+    return py::handle(interned);                                        \
+  }()
 
 template <class T = void>
 T* address(PyObject* number) {
   return static_cast<T*>(PyLong_AsVoidPtr(number));
 }
 
-// fill(group, item): the members of a group from its tuple; item(i) is the tuple's element.
-template <class Item>
-void fill(Matrix& matrix, const Item& item) {
-  matrix = {address(item(0)), DType(PyLong_AsLong(item(1))), PyLong_AsLongLong(item(2))};
-}
-template <class Item>
-void fill(TopK& top_k, const Item& item) {
-  top_k = {address<const int64_t>(item(0)), PyLong_AsLongLong(item(1)), address<const double>(item(2))};
-}
-template <class Item>
-void fill(Labels& labels, const Item& item) {
-  labels = {address(item(0)), item(1) == Py_True};
-}
-template <class Item>
-void fill(Weights& weights, const Item& item) {
-  weights = {address(item(0)), address(item(1))};
-}
-template <class Item>
-void fill(GradOutput& grad_output, const Item& item) {
-  grad_output = {PyFloat_AsDouble(item(0)), address(item(1))};
-}
-template <class Item>
-void fill(RowOutputs& rows, const Item& item) {
-  rows = {address(item(0)), address(item(1)), address(item(2))};
-}
+// The keyword arguments of run(). Every group must be there: a tuple of `size` items, or None for nothing.
+struct Arguments {
+  const py::kwargs& by_name;
 
-template <class Group, Py_ssize_t size>
-struct GroupCaster {
-  PYBIND11_TYPE_CASTER(Group, py::detail::const_name("tuple | None"));
-  bool load(py::handle source, bool) {
-    if (source.is_none()) return true;
-    if (!PyTuple_Check(source.ptr()) || PyTuple_GET_SIZE(source.ptr()) != size) return false;
-    fill(value, [&](Py_ssize_t i) { return PyTuple_GET_ITEM(source.ptr(), i); });
-    if (PyErr_Occurred()) throw py::error_already_set();
-    return true;
+  PyObject* at(py::handle name) const {
+    PyObject* value = PyDict_GetItemWithError(by_name.ptr(), name.ptr());
+    if (!value) throw py::type_error("run() needs the argument " + name.cast<std::string>());
+    return value;
+  }
+
+  // Calls fill(item) with item(i), the i-th element of the group.
+  template <class Fill>
+  void group(py::handle name, Py_ssize_t size, const Fill& fill) const {
+    PyObject* value = at(name);
+    if (value == Py_None) return;
+    if (!PyTuple_Check(value) || PyTuple_GET_SIZE(value) != size)
+      throw py::type_error("run(): " + name.cast<std::string>() + " must be None or a tuple of " +
+                           std::to_string(size));
+    fill([value](Py_ssize_t i) { return PyTuple_GET_ITEM(value, i); });
+  }
+
+  Matrix matrix(py::handle name) const {
+    Matrix matrix;
+    group(name, 3, [&](const auto& item) {
+      matrix = {address(item(0)), DType(PyLong_AsLong(item(1))), PyLong_AsLongLong(item(2))};
+    });
+    return matrix;
   }
 };
 
@@ -141,67 +120,69 @@ const IsaVariant& isa_named(const std::string& name) {
   throw py::value_error("this CPU cannot run, or the build does not have, the ISA named " + name);
 }
 
+void put(const py::dict& by_name, py::handle name, const py::object& value) {
+  if (PyDict_SetItem(by_name.ptr(), name.ptr(), value.ptr()) != 0) throw py::error_already_set();
+}
+
 // The results by name, or {"problem": name, "row": number} if a label or a weight is bad.
-py::dict results(const Evaluation& found) {
+py::dict results(const Evaluation& found, bool want_metrics) {
   py::dict by_name;
   if (found.problem != Problem::none) {
-    by_name["problem"] = found.problem == Problem::bad_label ? "label" : "weight";
-    by_name["row"] = found.problem_row;
+    put(by_name, NAME("problem"), py::str(found.problem == Problem::bad_label ? "label" : "weight"));
+    put(by_name, NAME("row"), py::int_(found.problem_row));
     return by_name;
   }
+  put(by_name, NAME("loss"), py::float_(found.loss));
+  put(by_name, NAME("soft"), py::float_(found.soft));
+  put(by_name, NAME("hard"), py::float_(found.hard));
+  put(by_name, NAME("soft_items"), py::float_(found.soft_items));
+  put(by_name, NAME("hard_items"), py::float_(found.hard_items));
+  put(by_name, NAME("teacher_sums_to_one"), py::bool_(found.teacher_sums_to_one));
+  if (!want_metrics) return by_name;
   py::dict metrics;
-#define METRIC(name, rows) metrics[#name] = found.name;
+#define METRIC(name, rows) put(metrics, NAME(#name), py::float_(found.name));
 #include "metrics.def"
 #undef METRIC
-  by_name["metrics"] = metrics;
-  by_name["loss"] = found.loss;
-  by_name["soft"] = found.soft;
-  by_name["hard"] = found.hard;
-  by_name["soft_items"] = found.soft_items;
-  by_name["hard_items"] = found.hard_items;
-  by_name["teacher_sums_to_one"] = found.teacher_sums_to_one;
+  put(by_name, NAME("metrics"), metrics);
   return by_name;
 }
 
-}  // namespace
-
-namespace pybind11::detail {
-template <>
-struct type_caster<Matrix> : GroupCaster<Matrix, 3> {};
-template <>
-struct type_caster<TopK> : GroupCaster<TopK, 3> {};
-template <>
-struct type_caster<Labels> : GroupCaster<Labels, 2> {};
-template <>
-struct type_caster<Weights> : GroupCaster<Weights, 2> {};
-template <>
-struct type_caster<GradOutput> : GroupCaster<GradOutput, 2> {};
-template <>
-struct type_caster<RowOutputs> : GroupCaster<RowOutputs, 3> {};
-}  // namespace pybind11::detail
-
-namespace {
-
-py::dict run(const IsaVariant& isa, int threads, const LossOptions& options, int64_t rows, int64_t classes,
-             const Matrix& student, const Matrix& teacher, const TopK& top_k, const Labels& labels,
-             const Weights& weights, const GradOutput& grad_output, const Matrix& gradient,
-             const RowOutputs& row_outputs, bool metrics) {
+// pydistill/_core.pyi states the arguments.
+py::dict run(const IsaVariant& isa, int threads, const LossOptions& options, const py::kwargs& by_name) {
+  const Arguments given{by_name};
   RowBatch batch;
-  batch.rows = rows, batch.classes = classes;
-  batch.student = student, batch.teacher = teacher, batch.gradient = gradient;
-  batch.teacher_indices = top_k.indices, batch.teacher_classes = top_k.classes;
-  batch.log_partitions = top_k.log_partitions;
-  batch.labels = labels.data, batch.labels_are_int32 = labels.are_int32;
-  batch.sample_weight = weights.sample, batch.class_weight = weights.of_classes;
   batch.options = options;
-  batch.grad_output = grad_output.factor, batch.row_grad_output = grad_output.of_rows;
-  batch.want_metrics = metrics;
+  batch.student = given.matrix(NAME("student"));
+  batch.teacher = given.matrix(NAME("teacher"));
+  batch.gradient = given.matrix(NAME("gradient"));
+  batch.want_metrics = given.at(NAME("metrics")) == Py_True;
+  given.group(NAME("shape"), 2, [&](const auto& item) {
+    batch.rows = PyLong_AsLongLong(item(0)), batch.classes = PyLong_AsLongLong(item(1));
+  });
+  given.group(NAME("top_k"), 3, [&](const auto& item) {
+    batch.teacher_indices = address<const int64_t>(item(0)), batch.teacher_classes = PyLong_AsLongLong(item(1));
+    batch.log_partitions = address<const double>(item(2));
+  });
+  given.group(NAME("labels"), 2, [&](const auto& item) {
+    batch.labels = address(item(0)), batch.labels_are_int32 = item(1) == Py_True;
+  });
+  given.group(NAME("weights"), 2, [&](const auto& item) {
+    batch.sample_weight = address(item(0)), batch.class_weight = address(item(1));
+  });
+  given.group(NAME("grad_output"), 2, [&](const auto& item) {
+    batch.grad_output = PyFloat_AsDouble(item(0)), batch.row_grad_output = address(item(1));
+  });
+  RowOutputs rows;
+  given.group(NAME("row_outputs"), 3,
+              [&](const auto& item) { rows = {address(item(0)), address(item(1)), address(item(2))}; });
+  if (PyErr_Occurred()) throw py::error_already_set();
+  if (by_name.size() != 10) throw py::type_error("run() got an argument that it does not have");
   Evaluation found;
   {
     py::gil_scoped_release release;
-    found = evaluate(batch, isa, threads, row_outputs);
+    found = evaluate(batch, isa, threads, rows);
   }
-  return results(found);
+  return results(found, batch.want_metrics);
 }
 
 }  // namespace
@@ -223,8 +204,5 @@ PYBIND11_MODULE(_core, m) {
         return py::buffer_info(static_cast<uint8_t*>(memory.data()), py::ssize_t(memory.bytes()));
       })
       .def_static("release", &GradientMemory::release);
-  m.def("run", &run, py::arg("isa"), py::arg("threads"), py::arg("options"), py::kw_only(), py::arg("rows"),
-        py::arg("classes"), py::arg("student"), py::arg("teacher"), py::arg("top_k"), py::arg("labels"),
-        py::arg("weights"), py::arg("grad_output"), py::arg("gradient"), py::arg("row_outputs"),
-        py::arg("metrics"));
+  m.def("run", &run);
 }

@@ -2,6 +2,7 @@
 
 from importlib import import_module as _import_module
 from importlib import metadata as _metadata
+from types import ModuleType as _ModuleType
 
 # An unrelated distribution named "pydistill" installs the same import package; the two overwrite each other's files.
 try:
@@ -54,8 +55,8 @@ __all__ = [
 _OPTIONAL = ("callbacks", "sklearn", "skorch")
 
 
-def __getattr__(name):
-    """Submodules that are imported when they are first used: scikit-learn and skorch need not be there."""
+def __getattr__(name: str) -> _ModuleType:
+    """Import a submodule when it is first used, because scikit-learn and skorch need not be installed."""
     if name in _OPTIONAL:
         return _import_module(f"pydistill.{name}")
     raise AttributeError(f"module 'pydistill' has no attribute {name!r}")

@@ -1,6 +1,6 @@
 """The compiled core; see csrc/bindings.cpp. Tensors are passed as addresses, numbers of type int."""
 
-from typing import TypedDict
+from typing import NotRequired, TypedDict
 
 DIVERGENCES: tuple[str, ...]
 DTYPES: tuple[str, ...]
@@ -14,7 +14,7 @@ class Results(TypedDict):
     soft_items: float
     hard_items: float
     teacher_sums_to_one: bool
-    metrics: dict[str, float]
+    metrics: NotRequired[dict[str, float]]  # if they are wanted
 
 class Problem(TypedDict):
     problem: str
@@ -40,8 +40,7 @@ def run(
     threads: int,
     options: Options,
     *,
-    rows: int,
-    classes: int,
+    shape: tuple[int, int],  # rows, classes
     student: tuple[int, int, int],  # address, dtype as an index of DTYPES, stride of the rows
     teacher: tuple[int, int, int] | None,
     top_k: tuple[int, int, int] | None,  # address of the indices, k, address of the log-partitions or 0
@@ -51,4 +50,4 @@ def run(
     gradient: tuple[int, int, int] | None,
     row_outputs: tuple[int, int, int] | None,  # addresses of the rows' losses, soft and hard terms
     metrics: bool,
-) -> Results | Problem: ...
+) -> Results | Problem: ...  # every keyword argument must be given

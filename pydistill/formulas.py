@@ -1,4 +1,4 @@
-"""Each divergence's value and derivative, and the whole loss, in plain array code: the specification.
+"""The divergences: value and derivative of each, in plain array code. This is their specification.
 
 The C++ core (csrc/divergences.hpp), the numba kernels and the torch backend compute the same values. For a pointwise
 divergence ``D(p, q) = sum_j value_j`` with ``h_j = d value_j / d log q_j``, the gradient with respect to the
@@ -9,10 +9,11 @@ student's logits is ``(h_j - q_j * sum_k h_k) / T``; a divergence is therefore t
 
 import math
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 DivergenceName = Literal[
     "forward_kl",
@@ -42,20 +43,20 @@ class Point(NamedTuple):
     reference: Any
 
 
-def point(log_p, log_q, beta) -> Point:
-    """From log-probabilities. Where both are -inf (a masked class) the ratio is 1: no NaN, in no derivative."""
+def point(log_p: Tensor, log_q: Tensor, beta: float | None) -> Point:
+    """Make a point from log-probabilities. Where both are -inf (a masked class) the ratio is 1: nothing is NaN."""
     masked = (log_p == -math.inf) & (log_q == -math.inf)
     beta = 0.0 if beta is None else beta
     return Point(log_p.exp(), log_q.exp(), torch.where(masked, 0, log_q - log_p), beta, 1 - beta, 0.0)
 
 
-def times(weight, x):
+def times(weight: Any, x: Any) -> Any:
     """``weight * x``, and 0 where the weight is 0, whatever x is: the limit of ``w log w``."""
     return weight * torch.where(weight == 0, 0, x)
 
 
-def root(x):
-    """Square root; its derivative at 0, which is infinite, is taken as 0: q = 0 does not move."""
+def root(x: Any) -> Any:
+    """Square root. Its derivative at 0, which is infinite, is taken as 0: a class with q = 0 gets no gradient."""
     return torch.where(x == 0, 0, torch.where(x == 0, 1, x).sqrt())
 
 
@@ -67,11 +68,11 @@ class Mixture(NamedTuple):
     overlap: Any
 
 
-def mixture(x, of_p, of_q) -> Mixture:
-    """Computed from exp(-|log q - log p|), so that nothing overflows; the weights add up to 1.
+def mixture(x: Point, of_p: Any, of_q: Any) -> Mixture:
+    """p and q relative to their mixture m, computed from smaller / larger so that nothing overflows.
 
-    m over the larger of p and q is a sum of two numbers >= 0: nothing cancels when a weight is tiny. Exactly 0, 0 and p
-    where p = q.
+    The weights add up to 1. m divided by the larger of p and q is a sum of two numbers >= 0, so that nothing cancels
+    when a weight is tiny. Where p = q the result is exactly 0, 0 and p.
     """
     above = x.log_ratio > 0
     difference = torch.where(above, -x.log_ratio, x.log_ratio)  # log of the smaller of p and q over the larger
@@ -83,14 +84,34 @@ def mixture(x, of_p, of_q) -> Mixture:
     return Mixture(log_p, log_q, times(torch.minimum(x.p, x.q), larger.exp()))
 
 
-def log_q_over_mixture(log_ratio, of_p, of_q):
+def log_q_over_mixture(log_ratio: float, of_p: float, of_q: float) -> float:
     """``log(q / m)`` of one class from log q - log p, all numbers."""
     ratio = math.exp(-abs(log_ratio))
     return -math.log(ratio + (of_q if log_ratio > 0 else of_p) * (1 - ratio)) - max(0.0, -log_ratio)
 
 
+class Softening(Protocol):
+    """The options that a divergence depends on."""
+
+    @property
+    def divergence(self) -> str:
+        """A key of ``DIVERGENCES``."""
+
+    @property
+    def beta(self) -> float | None:
+        """The divergence's parameter."""
+
+    @property
+    def temperature(self) -> float:
+        """T > 0."""
+
+    @property
+    def t_squared(self) -> bool:
+        """Whether the value is multiplied by T^2."""
+
+
 class Divergence(NamedTuple):
-    """``value(point)`` and ``d_log_q(point)``, both None where D is no sum over classes of these.
+    """One divergence: ``value(point)`` and ``d_log_q(point)`` per class; mse and dkd are no sums of such values.
 
     ``reference(log_ratio, beta, rest)`` gives a row's ``Point.reference``, from the student's largest class. ``beta``
     is the default, None where there is none; it may be at most ``largest_beta``, and at its ends be another divergence.
@@ -98,17 +119,21 @@ class Divergence(NamedTuple):
     teacher's probabilities may be 0.
     """
 
-    value: Callable | None
-    d_log_q: Callable | None
-    reference: Callable = lambda log_ratio, beta, rest: 0.0
+    value: Callable[[Point], Any]
+    d_log_q: Callable[[Point], Any]
+    reference: Callable[[float, float, float], float] = lambda log_ratio, beta, rest: 0.0
     beta: float | None = None
     largest_beta: float = 1.0
-    ends: tuple = (None, None)
-    top_k: tuple = ("renormalize", "bucket")
+    ends: tuple[DivergenceName | None, DivergenceName | None] = (None, None)
+    top_k: tuple[Literal["renormalize", "bucket"], ...] = ("renormalize", "bucket")
     zeros: bool = True
 
 
-DIVERGENCES = {
+def _no_sum(x: Point) -> Any:
+    raise NotImplementedError("mse and dkd are not sums over classes of a function of p and q")
+
+
+DIVERGENCES: dict[str, Divergence] = {
     "forward_kl": Divergence(
         value=lambda x: -times(x.p, x.log_ratio),
         d_log_q=lambda x: -x.p,
@@ -151,13 +176,20 @@ DIVERGENCES = {
         value=lambda x: (root(x.q) - root(x.p)) ** 2 / 2,
         d_log_q=lambda x: root(x.q) * (root(x.q) - root(x.p)) / 2,
     ),
-    "mse": Divergence(None, None, top_k=(), zeros=False),
-    "dkd": Divergence(None, None, beta=8.0, largest_beta=math.inf, top_k=()),
+    "mse": Divergence(_no_sum, _no_sum, top_k=(), zeros=False),
+    "dkd": Divergence(_no_sum, _no_sum, beta=8.0, largest_beta=math.inf, top_k=()),
 }
 
 
-def soft_value(student, teacher, labels, options, indices=None, log_partitions=None):
-    """The divergence per row, T^2 included, by differentiable torch operations.
+def soft_value(
+    student: Tensor,
+    teacher: Tensor,
+    labels: Tensor | None,
+    options: Softening,
+    indices: Tensor | None = None,
+    log_partitions: Tensor | None = None,
+) -> Tensor:
+    """Compute the divergence per row, T^2 included, by differentiable torch operations.
 
     ``teacher`` has the logits of all classes or, with ``indices``, of these; ``labels`` are those of dkd.
     """
@@ -166,15 +198,20 @@ def soft_value(student, teacher, labels, options, indices=None, log_partitions=N
         return torch.where(masked, 0, student - teacher).square().mean(-1)
     units = options.temperature**2 if options.t_squared else 1
     if options.divergence == "dkd":
+        assert labels is not None
+        assert options.beta is not None
         return units * dkd(student, teacher, labels, options.temperature, options.beta)
     if indices is None:
         log_p, log_q = log_softened(teacher, options.temperature), log_softened(student, options.temperature)
     else:
         log_p, log_q, _ = outcomes(student, teacher, indices, log_partitions, options.temperature)
-    return units * DIVERGENCES[options.divergence].value(point(log_p, log_q, options.beta)).sum(-1)
+    values: Tensor = DIVERGENCES[options.divergence].value(point(log_p, log_q, options.beta))
+    return units * values.sum(-1)
 
 
-def outcomes(student, teacher, indices, log_partitions, temperature):
+def outcomes(
+    student: Tensor, teacher: Tensor, indices: Tensor, log_partitions: Tensor | None, temperature: float
+) -> tuple[Tensor, Tensor, Tensor]:
     """Log-probabilities of a top-k teacher's classes and, last, of the rest: ``(log_p, log_q, log_q of each class)``.
 
     Without a log-partition the rest has p = 0: every divergence that is finite there is proportional to q then, so
@@ -195,8 +232,8 @@ def outcomes(student, teacher, indices, log_partitions, temperature):
     return of_top, torch.cat([log_q.gather(-1, indices), rest.unsqueeze(-1)], -1), log_q
 
 
-def dkd(student, teacher, labels, temperature, beta):
-    """KL of (label, all others), and beta times the KL within the others, in log space."""
+def dkd(student: Tensor, teacher: Tensor, labels: Tensor, temperature: float, beta: float) -> Tensor:
+    """KL divergence of (label, all others), plus beta times the one within the others, in log space."""
     if student.shape[-1] == 1:  # 0, but NaN for a logit that is not finite
         return (log_softened(student, temperature) * log_softened(teacher, temperature)).sum(-1)
     of_label = F.one_hot(labels, student.shape[-1]).bool()
@@ -207,36 +244,37 @@ def dkd(student, teacher, labels, temperature, beta):
         odds = shifted.gather(-1, labels.unsqueeze(-1)).squeeze(-1) - _log_sum_exp(others)
         parts.append((odds, log_within_others(logits, of_label, temperature)))
     (p_odds, log_p), (q_odds, log_q) = parts
-    first = sum(
+    first: Tensor = sum(
         -times(torch.sigmoid(sign * p_odds), F.logsigmoid(sign * q_odds) - F.logsigmoid(sign * p_odds))
         for sign in (1, -1)
     )
     if beta == 0:  # 0 times the infinite KL of a masked class would be NaN
         return first
     within = point(log_p, log_q, None)
-    return first - beta * times(within.p, within.log_ratio).sum(-1)
+    second: Tensor = times(within.p, within.log_ratio).sum(-1)
+    return first - beta * second
 
 
-def log_within_others(logits, of_label, temperature):
-    """Log-probabilities given that it is not the label; -inf throughout where the others have no mass."""
+def log_within_others(logits: Tensor, of_label: Tensor, temperature: float) -> Tensor:
+    """Log-probabilities among the classes other than the label; all -inf where those have no mass."""
     others = logits.masked_fill(of_label, -math.inf)
     nothing = (others == -math.inf).all(-1, keepdim=True)
     return torch.where(nothing, -math.inf, log_softened(torch.where(nothing, 0, others), temperature))
 
 
-def _log_sum_exp(x):
-    """logsumexp, -inf where there is nothing to sum, and then without a gradient."""
+def _log_sum_exp(x: Tensor) -> Tensor:
+    """Return logsumexp; -inf, without a gradient, where there is nothing to sum."""
     if x.shape[-1] == 0:
         return x.sum(-1) - math.inf
     nothing = (x == -math.inf).all(-1)
     return torch.where(nothing, -math.inf, torch.where(nothing.unsqueeze(-1), 0, x).logsumexp(-1))
 
 
-def log_softened(logits, temperature):
-    """``log_softmax(logits / T)``. Shifted before the division, which would round large logits: 1e-5 lost at 1e4."""
+def log_softened(logits: Tensor, temperature: float) -> Tensor:
+    """``log_softmax(logits / T)``. Shifted before the division, which rounds large logits: an error of 1e-5 at 1e4."""
     return ((logits - logits.detach().amax(-1, keepdim=True)) / temperature).log_softmax(-1)
 
 
-def loss_dtype(student):
-    """float64 for float64 logits, float32 for all others."""
+def loss_dtype(student: Tensor) -> torch.dtype:
+    """Return the loss's dtype: float64 for float64 logits, float32 for all others."""
     return torch.float64 if student.dtype == torch.float64 else torch.float32

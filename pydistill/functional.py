@@ -194,11 +194,15 @@ def distillation_loss(
     return _loss(locals())
 
 
+DEFAULTS: dict[str, Any] = distillation_loss.__kwdefaults__ or {}  # of the keyword arguments, by name
+
+
 def _loss(arguments: Mapping[str, Any]) -> Tensor | tuple[Tensor, LossMetrics]:
     student_logits, teacher = arguments["student_logits"], arguments["teacher"]
-    inplace, metrics = arguments["inplace"], arguments["return_metrics"]
-    check_flag("inplace", inplace)
-    check_flag("return_metrics", metrics)
+    inplace, metrics = (
+        check_flag("inplace", arguments["inplace"]),
+        check_flag("return_metrics", arguments["return_metrics"]),
+    )
     if wants_op(student_logits):
         outcome = torch_op.traced_loss(arguments)
     else:
@@ -273,7 +277,7 @@ def loss_items(
         True
     """
     given = {"ignore_index": ignore_index, "unlabeled": unlabeled}
-    options = check_options(distillation_loss.__kwdefaults__ | given)
+    options = check_options(DEFAULTS | given)
     if labels is None and sample_weight is None:
         raise ValueError("labels must be given unless sample_weight says how many rows there are")
     for name, tensor in (("labels", labels), ("sample_weight", sample_weight), ("class_weight", class_weight)):
@@ -299,13 +303,15 @@ def loss_items(
     stand_in = torch.empty((), dtype=torch.float64, device=rows.device).expand(rows.numel(), classes)
     labels = None if labels is None else labels.reshape(-1)
     sample_weight = None if sample_weight is None else sample_weight.reshape(-1)
-    checked = check_tensors(stand_in, None, labels, sample_weight, class_weight, soft=False, hard=False)
+    _, _, sample_weight, class_weight = check_tensors(
+        stand_in, None, labels, sample_weight, class_weight, soft=False, hard=False
+    )
     batch = Batch(
         student=stand_in,
         teacher=None,
         labels=labels,
-        sample_weight=checked.sample_weight,
-        class_weight=checked.class_weight,
+        sample_weight=sample_weight,
+        class_weight=class_weight,
         teacher_indices=None,
         log_partitions=None,
         options=options,

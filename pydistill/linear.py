@@ -208,7 +208,8 @@ def linear_distillation_loss(
     if torch.compiler.is_dynamo_compiling():
         from pydistill.engine import between_graphs
 
-        return between_graphs.run(_loss, arguments)
+        loss: Tensor | tuple[Tensor, LossMetrics] = between_graphs.run(_loss, arguments)
+        return loss
     return _loss(arguments)
 
 
@@ -221,7 +222,8 @@ def _loss(arguments: Mapping[str, Any]) -> Tensor | tuple[Tensor, LossMetrics]:
     softcap, logit_scale, chunk_rows = arguments["softcap"], arguments["logit_scale"], arguments["chunk_rows"]
     check_head_options(softcap, logit_scale, chunk_rows)
     check_flag("return_metrics", metrics)
-    student = _check_head(*(arguments[name] for name in _NAMES), softcap, logit_scale, _NAMES)
+    hidden, weight, bias = (arguments[name] for name in _NAMES)
+    student = _check_head(hidden, weight, bias, softcap, logit_scale, _NAMES)
     head = teacher.head if isinstance(teacher, LinearTeacher) else None
     weights = arguments["sample_weight"], arguments["class_weight"]
     tensors = [*student.tensors, *(() if head is None else head.tensors), labels, *weights]
@@ -242,7 +244,7 @@ def _loss(arguments: Mapping[str, Any]) -> Tensor | tuple[Tensor, LossMetrics]:
     student = student._replace(hidden=_rows(student.hidden))
     call = HeadCall(student, head, batch, backend.current(), chunk_rows, metrics)
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in student.tensors):
-        loss = FusedHead.apply(*student.tensors, call)
+        loss: Tensor = FusedHead.apply(*student.tensors, call)  # type: ignore[no-untyped-call]  # torch has no type
         outcome = call.take_outcome()
     else:
         outcome = call.run(metrics=metrics).outcome

@@ -71,7 +71,7 @@ class DistillationLoss(_Loss):
         DistillationLoss(temperature=4.0, alpha=0.7)
     """
 
-    _defaults = distillation_loss.__kwdefaults__
+    _defaults = distillation_loss.__kwdefaults__ or {}
 
     def __init__(
         self,
@@ -102,7 +102,9 @@ class DistillationLoss(_Loss):
         **options: Any,
     ) -> Tensor | tuple[Tensor, LossMetrics]:
         """Compute the loss of one batch; ``options`` override the stored ones for this call."""
-        return distillation_loss(student_logits, teacher, labels, **(self._stored() | options))
+        given = self._stored() | options
+        loss: Tensor | tuple[Tensor, LossMetrics] = distillation_loss(student_logits, teacher, labels, **given)
+        return loss
 
 
 class LinearDistillationLoss(_Loss):
@@ -126,7 +128,7 @@ class LinearDistillationLoss(_Loss):
         LinearDistillationLoss(temperature=2.0, alpha=0.7)
     """
 
-    _defaults = linear_distillation_loss.__kwdefaults__
+    _defaults = linear_distillation_loss.__kwdefaults__ or {}
 
     def __init__(
         self,
@@ -164,6 +166,7 @@ class LinearDistillationLoss(_Loss):
     ) -> Tensor | tuple[Tensor, LossMetrics]:
         """Compute the loss of one batch; ``options`` override the stored ones for this call."""
         given = self._stored() | options
-        return linear_distillation_loss(
+        loss: Tensor | tuple[Tensor, LossMetrics] = linear_distillation_loss(
             student_hidden, student_weight, teacher, labels, student_bias=student_bias, **given
         )
+        return loss

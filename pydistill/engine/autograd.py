@@ -52,7 +52,8 @@ def run(batch: Batch, inplace: bool, metrics: bool) -> Outcome:
     if wants_gradient:
         call = _Call(flat, engine, inplace, metrics)
         loss = _apply(flat.student, call)
-        outcome = call.take_outcome()
+        outcome = call.outcome
+        del call.outcome  # its loss refers to the graph, and the graph to the call: the cycle would keep their memory
     else:
         outcome = engine.evaluate(flat, None, 1.0, metrics)
         loss = outcome.loss
@@ -71,17 +72,11 @@ class _Call:
     batch: Batch | None
     engine: backend.Backend | None
     inference: list[Tensor | None] | None
-    outcome: Outcome | None
+    outcome: Outcome
 
     def __init__(self, batch: Batch, engine: backend.Backend, inplace: bool, metrics: bool) -> None:
         self.batch, self.engine, self.inplace, self.metrics = batch, engine, inplace, metrics
         self.options: Options = batch.options
-
-    def take_outcome(self) -> Outcome:
-        """Hand the outcome out and forget it: its loss refers to the graph, and the graph to this call."""
-        outcome, self.outcome = self.outcome, None
-        assert outcome is not None
-        return outcome
 
 
 class _FusedLoss(torch.autograd.Function):

@@ -1,6 +1,6 @@
 """The batch that a backend evaluates, and the outcome that it returns. Fields are read by name, never by position."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from operator import attrgetter
 
@@ -38,12 +38,12 @@ class Batch:
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
         """The tensors, in the order of ``TENSORS``."""
-        return _tensors(self)  # type: ignore[no-any-return]  # attrgetter has no precise type
+        return _tensors(self)
 
     @property
     def constants(self) -> tuple[Tensor | None, ...]:
         """The tensors that get no gradient, in the order of ``CONSTANTS``."""
-        return _constants(self)  # type: ignore[no-any-return]
+        return _constants(self)
 
     @property
     def evaluates_soft(self) -> bool:
@@ -79,5 +79,5 @@ class Outcome:
     hard: float | Tensor
     soft_items: float | Tensor
     hard_items: float | Tensor
-    metrics: dict[str, float | Tensor] = field(default_factory=dict)
+    metrics: Mapping[str, float | Tensor] = field(default_factory=dict)
     teacher_sums_to_one: bool = False

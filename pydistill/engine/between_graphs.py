@@ -1,9 +1,16 @@
 """Run a function between the graphs of torch.compile. Imported while Dynamo traces: it pulls in torch._dynamo."""
 
+from collections.abc import Callable
+from typing import Any, TypeVar
+
 import torch
 
+_R = TypeVar("_R")
 
-@torch.compiler.disable(reason="pydistill.linear_distillation_loss runs between graphs; use fullgraph=False")
-def run(function, *arguments):
+
+@torch.compiler.disable(  # type: ignore[no-untyped-call,untyped-decorator]  # no types
+    reason="pydistill.linear_distillation_loss runs between graphs; use fullgraph=False"
+)
+def run(function: Callable[[Any], _R], argument: Any) -> _R:
     """Call the function as it is; under torch.compile the graph ends before it."""
-    return function(*arguments)
+    return function(argument)

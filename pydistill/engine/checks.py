@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Iterable
-from typing import NamedTuple
 
 import torch
 from torch import Size, Tensor
@@ -21,15 +20,6 @@ _SOFT_LABELS = (
 )
 
 
-class CheckedTensors(NamedTuple):
-    """The tensors of a call that the checks convert: a teacher to logits and indices, weights to the loss's dtype."""
-
-    teacher: Tensor | None
-    teacher_indices: Tensor | None
-    sample_weight: Tensor | None
-    class_weight: Tensor | None
-
-
 def check_batch(
     student: Tensor,
     teacher: Tensor | SoftTargets | None,
@@ -40,14 +30,16 @@ def check_batch(
 ) -> Batch:
     """Check the tensors of a call against each other and against the options."""
     soft, hard = options.alpha > 0, options.alpha < 1
-    checked = check_tensors(student, teacher, labels, sample_weight, class_weight, soft=soft, hard=hard)
+    logits, indices, sample_weight, class_weight = check_tensors(
+        student, teacher, labels, sample_weight, class_weight, soft=soft, hard=hard
+    )
     return Batch(
         student=student,
-        teacher=checked.teacher,
+        teacher=logits,
         labels=labels,
-        sample_weight=checked.sample_weight,
-        class_weight=checked.class_weight,
-        teacher_indices=checked.teacher_indices,
+        sample_weight=sample_weight,
+        class_weight=class_weight,
+        teacher_indices=indices,
         log_partitions=_check_teacher_form(teacher, labels, options),
         options=options,
     )
@@ -62,8 +54,11 @@ def check_tensors(
     *,
     soft: bool,
     hard: bool,
-) -> CheckedTensors:
-    """Check types, dtypes, devices and shapes. ``soft`` and ``hard`` say which terms are evaluated."""
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """Check types, dtypes, devices and shapes. ``soft`` and ``hard`` say which terms are evaluated.
+
+    Returns the teacher's logits, the indices of a top-k teacher, and the two weights in the loss's dtype.
+    """
     if not isinstance(student, Tensor):
         raise TypeError(f"student_logits must be a tensor, got {type(student).__name__}")
     if student.dtype not in DTYPES:
@@ -85,29 +80,30 @@ def check_tensors(
         sample_weight = _check_weight("sample_weight", sample_weight, student, shape[:-1])
     if class_weight is not None:
         class_weight = _check_weight("class_weight", class_weight, student, shape[-1:])
-    return CheckedTensors(logits, indices, sample_weight, class_weight)
+    return logits, indices, sample_weight, class_weight
 
 
 def _check_teacher(teacher: Tensor | SoftTargets, student: Tensor) -> tuple[Tensor, Tensor | None]:
     """Return the teacher's logits, and the indices of a top-k teacher."""
     indices, targets = None, "SoftTargets.from_logits(teacher)"
+    shape: tuple[int, ...]
     if isinstance(teacher, SoftTargets):
         targets = "teacher" if teacher.indices is None else "the targets, before the top k are taken,"
-        indices, shape, teacher = teacher.indices, teacher.shape, teacher.logits
+        indices, shape, logits = teacher.indices, teacher.shape, teacher.logits
     elif isinstance(teacher, Tensor):
-        shape = teacher.shape
+        shape, logits = teacher.shape, teacher
     else:
         raise TypeError(f"teacher must be a tensor of logits or SoftTargets, got {type(teacher).__name__}")
-    if teacher.dtype not in DTYPES:
-        raise TypeError(f"teacher must be float32, float64, bfloat16 or float16, got {teacher.dtype}")
-    check_dense("teacher", teacher)
+    if logits.dtype not in DTYPES:
+        raise TypeError(f"teacher must be float32, float64, bfloat16 or float16, got {logits.dtype}")
+    check_dense("teacher", logits)
     if shape != student.shape:
         raise ValueError(
             f"teacher must have the shape of student_logits, got teacher {tuple(shape)} and "
             f"student_logits {tuple(student.shape)}{_shape_hint(shape, student.shape, targets)}"
         )
-    _check_device("teacher", teacher, student)
-    return teacher, indices
+    _check_device("teacher", logits, student)
+    return logits, indices
 
 
 def _shape_hint(teacher: tuple[int, ...], student: tuple[int, ...], targets: str) -> str:

@@ -75,7 +75,7 @@ def run(batch: Batch, setup: HeadSetup, grad_output: float | Tensor = 1.0) -> Pa
     unit = 1.0
     if setup.dtypes[0] is torch.float16 and options.reduction != "none":
         unit = _unit(batch, items, counted.weight)
-    gradients = _new_gradients(setup, kept is not None)
+    gradients: Sequence[Tensor | None] = _new_gradients(setup, kept is not None)
     totals = _Totals(batch, counted, setup.metrics)
     for start in range(0, rows, size):
         part: slice | Tensor = slice(start, min(start + size, rows))

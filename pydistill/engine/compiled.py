@@ -76,15 +76,13 @@ class CompiledBackend:
         """Threads that a large batch runs on: torch's number, or one where its pool cannot be used."""
         return int(self._core.usable_threads(torch.get_num_threads()))
 
-    def _options_of(self, options: Options) -> Any:
-        made = self._options.get(options)
-        if made is None:
-            if len(self._options) >= 256:  # a schedule changes alpha in every step
-                self._options.clear()
-            values = {name: getattr(options, name) for name in NAMES if name != "num_items"}
-            values |= {"soft_items": options.num_items.soft, "hard_items": options.num_items.hard}
-            given = {name: value for name, value in values.items() if value is not None}
-            made = self._options[options] = self._core.Options(**given)
+    def _make_options(self, options: Options) -> Any:
+        if len(self._options) >= 256:  # a schedule changes alpha in every step
+            self._options.clear()
+        values = {name: getattr(options, name) for name in NAMES if name != "num_items"}
+        values |= {"soft_items": options.num_items.soft, "hard_items": options.num_items.hard}
+        given = {name: value for name, value in values.items() if value is not None}
+        made = self._options[options] = self._core.Options(**given)
         return made
 
     def evaluate(
@@ -98,7 +96,6 @@ class CompiledBackend:
         student, teacher, labels, indices = batch.student, batch.teacher, batch.labels, batch.teacher_indices
         sample_weight, class_weight = batch.sample_weight, batch.class_weight
         top_k = weights = row_outputs = per_row = None
-        rows, classes = student.shape
         if indices is not None:
             check_storage(batch)
             top_k = (indices.data_ptr(), indices.shape[1], _address(batch.log_partitions))
@@ -106,25 +103,31 @@ class CompiledBackend:
             check_storage(batch)
             weights = (_address(sample_weight), _address(class_weight))
         if batch.options.reduction == "none":
-            per_row = student.new_empty(3, rows, dtype=loss_dtype(student))
+            per_row = student.new_empty(3, len(student), dtype=loss_dtype(student))
             row_outputs = tuple(x.data_ptr() for x in per_row)
-        of_student, of_teacher = self._matrix(student), self._matrix(teacher)
-        of_labels = None if labels is None else (labels.data_ptr(), labels.dtype is torch.int32)
+        # stride()[0] takes a third of the time of stride(0), and a small batch notices a microsecond.
+        dtypes, of_teacher, of_labels, of_gradient = self._dtypes, None, None, None
+        of_student = (student.data_ptr(), dtypes[student.dtype], student.stride()[0])
+        if teacher is not None:
+            of_teacher = (teacher.data_ptr(), dtypes[teacher.dtype], teacher.stride()[0])
+        if labels is not None:
+            of_labels = (labels.data_ptr(), labels.dtype is torch.int32)
+        if gradient is not None:
+            of_gradient = (gradient.data_ptr(), dtypes[gradient.dtype], gradient.stride()[0])
         if not (of_student[0] and (of_teacher is None or of_teacher[0]) and (of_labels is None or of_labels[0])):
             check_storage(batch)  # an address of 0: no rows, or no memory
         found = self._core.run(
             self._variant,
             torch.get_num_threads(),
-            self._options_of(batch.options),
-            rows=rows,
-            classes=classes,
+            self._options.get(batch.options) or self._make_options(batch.options),
+            shape=student.shape,
             student=of_student,
             teacher=of_teacher,
             top_k=top_k,
             labels=of_labels,
             weights=weights,
             grad_output=(1.0, grad_output.data_ptr()) if isinstance(grad_output, Tensor) else (grad_output, 0),
-            gradient=self._matrix(gradient),
+            gradient=of_gradient,
             row_outputs=row_outputs,
             metrics=metrics,
         )
@@ -135,13 +138,6 @@ class CompiledBackend:
         else:
             found["loss"] = torch.scalar_tensor(found["loss"], dtype=loss_dtype(student))
         return Outcome(**found)
-
-    def _matrix(self, rows: Tensor | None) -> tuple[int, int, int] | None:
-        """Address, dtype and stride of the rows."""
-        if rows is None:
-            return None
-        # stride()[0] takes a third of the time of stride(0), and a small batch notices a microsecond
-        return rows.data_ptr(), self._dtypes[rows.dtype], rows.stride()[0]
 
     def new_gradient(self, student: Tensor) -> Tensor:
         """Allocate a buffer for the gradient; a large one in the memory of an earlier one that was freed."""

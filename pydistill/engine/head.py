@@ -129,6 +129,6 @@ class Products:
             torch.addmm(total, gradient.T, hidden, beta=beta, alpha=scale, out=total)
             return
         rows = max(1, _BLOCK_BYTES // (2 * hidden.shape[1]))
-        for out, part in zip(total.split(rows), gradient.split(rows, 1), strict=True):
+        for out, part in zip(torch.split(total, rows), torch.split(gradient, rows, 1), strict=True):
             product = part.T @ hidden
             out.copy_(product).mul_(scale) if first else out.add_(product, alpha=scale)

@@ -32,6 +32,7 @@ def _agreement(batch: Batch) -> Tensor:
 
 def _accuracy(batch: Batch) -> Tensor:
     """Whether the student's first maximum is the label."""
+    assert batch.labels is not None
     return _first_maximum(batch.student) == batch.labels
 
 

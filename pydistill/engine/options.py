@@ -117,9 +117,10 @@ def _label_smoothing(name: str, value: Any) -> float:
 def _ignore_index(name: str, value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name} must be an integer, got {value!r}")
-    if not -(2**63) <= value < 2**63:
-        raise ValueError(f"{name} must fit in 64 bits, as labels do, got {value}")
-    return int(value)
+    index = int(value)
+    if not -(2**63) <= index < 2**63:
+        raise ValueError(f"{name} must fit in 64 bits, as labels do, got {index}")
+    return index
 
 
 def _unlabeled(name: str, value: Any) -> str:
@@ -143,10 +144,10 @@ def _num_items(name: str, value: Any) -> Items:
     pair = tuple(value) if isinstance(value, tuple | list) else (value, value)
     if len(pair) != 2:
         raise ValueError(f"{name} must be a number or a pair (soft, hard), got {value!r}")
-    items = Items(*(_number(name, n) for n in pair))
-    if not all(0 <= n < math.inf for n in items):
+    soft, hard = (_number(name, n) for n in pair)
+    if not (0 <= soft < math.inf and 0 <= hard < math.inf):
         raise ValueError(f"{name} must be >= 0 and finite, got {value!r}")
-    return items
+    return Items(soft, hard)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -164,7 +164,7 @@ def _topk_gradient(s: Tensor, t: Tensor, indices: Tensor, partitions: Tensor | N
     h = DIVERGENCES[options.divergence].d_log_q(x)
     h_sum = _sum_of(h)
     within_rest = torch.where(log_q_all == -math.inf, 0, (log_q_all - log_q[..., -1:]).exp())
-    gradient = times(within_rest, h[..., -1:]) - log_q_all.exp() * h_sum
+    gradient: Tensor = times(within_rest, h[..., -1:]) - log_q_all.exp() * h_sum
     return gradient.scatter(-1, indices, (h - x.q * h_sum)[..., :-1])
 
 

@@ -50,17 +50,17 @@ def traced_loss(arguments: Mapping[str, Any]) -> Outcome:
             f"teacher: {divergence} compares logits, and a probability of 0 has none; use forward_kl or jsd"
         )
     labels, weights = arguments["labels"], (arguments["sample_weight"], arguments["class_weight"])
-    checked = check_tensors(student, teacher, labels, *weights, soft=teacher is not None, hard=False)
     given = arguments["num_items"]
     pair = given if isinstance(given, (tuple, list)) else (given, given)
     values = dict(arguments)
+    values["teacher"], values["teacher_indices"], values["sample_weight"], values["class_weight"] = check_tensors(
+        student, teacher, labels, *weights, soft=teacher is not None, hard=False
+    )
     for name, option in OPTIONS.items():
         if option.op == "Tensor":
             values[name] = _scalar(name, arguments[name], student)
     values["soft_items"], values["hard_items"] = (None if n is None else _scalar("num_items", n, student) for n in pair)
     values["log_partitions"] = _partitions(teacher, arguments["temperature"])
-    values["teacher"], values["teacher_indices"] = checked.teacher, checked.teacher_indices
-    values["sample_weight"], values["class_weight"] = checked.sample_weight, checked.class_weight
     loss, soft, hard, rest = torch.ops.pydistill.distillation_loss(
         student, *[values[name] for name in _NAMES], arguments["return_metrics"], isinstance(teacher, Tensor)
     )

@@ -1,6 +1,7 @@
 """Every private name of torch that the package uses, each with a fallback for a torch that lacks it."""
 
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,12 +18,11 @@ def _never(*_: Any) -> bool:
     return False
 
 
-_functorch_active = getattr(torch._C, "_are_functorch_transforms_active", _never)
 _functorch = getattr(torch._C, "_functorch", None)
-_is_batched = getattr(_functorch, "is_batchedtensor", _never)
-_is_legacy_batched = getattr(_functorch, "is_legacy_batchedtensor", _never)
+_is_batched: Callable[[Tensor], bool] = getattr(_functorch, "is_batchedtensor", _never)
+_is_legacy_batched: Callable[[Tensor], bool] = getattr(_functorch, "is_legacy_batchedtensor", _never)
 _dispatch_modes = getattr(torch._C, "_len_torch_dispatch_stack", _never)
-_is_tracing = getattr(torch._C, "_is_tracing", torch.jit.is_tracing)
+_is_tracing = getattr(torch._C, "_is_tracing", _never)
 
 
 def wants_op(student: Any) -> bool:
@@ -30,9 +30,8 @@ def wants_op(student: Any) -> bool:
     return torch.compiler.is_compiling() or type(student) is _FakeTensor or _dispatch_modes() > 0 or _is_tracing()
 
 
-def in_functorch() -> bool:
-    """Whether a functorch transform (grad, vmap, jvp, ...) is active. Tensors may then have no readable values."""
-    return bool(_functorch_active())
+# Whether a functorch transform (grad, vmap, jvp, ...) is active. Tensors may then have no readable values.
+in_functorch: Callable[[], bool] = getattr(torch._C, "_are_functorch_transforms_active", _never)
 
 
 def in_forward_mode() -> bool:
@@ -42,7 +41,7 @@ def in_forward_mode() -> bool:
 
 def is_batched(grad_output: Tensor) -> bool:
     """Whether it stands for several gradients at once, as under ``is_grads_batched``."""
-    return bool(_is_batched(grad_output) or _is_legacy_batched(grad_output))
+    return _is_batched(grad_output) or _is_legacy_batched(grad_output)
 
 
 def is_dtensor(tensor: Tensor) -> bool:

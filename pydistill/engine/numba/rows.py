@@ -319,7 +319,7 @@ def _mixture_of_scalars(x, of_p, of_q):
 
 
 @overload(formulas.log_q_over_mixture)
-def _log_q_over_mixture(log_ratio, of_p, of_q):
+def _log_q_over_mixture(log_ratio: float, of_p: float, of_q: float):
     """`formulas.log_q_over_mixture` where numba compiles a divergence."""
     return formulas.log_q_over_mixture
 

@@ -19,7 +19,8 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from pydistill._files import flush_names, form_problem, parse_json, safetensors_torch, write_through
-from pydistill.trainer.history import Scores, Totals
+from pydistill.trainer.history import Scores
+from pydistill.trainer.totals import Totals
 
 _NAME = re.compile(r"checkpoint-(\d{8})-([0-9a-f]{32})\.safetensors")
 _KEPT = 2

@@ -1,11 +1,10 @@
 """A thin training loop around the loss: batches, optimizer steps, and the scores of each epoch."""
 
-import importlib.util
 import math
 import time
 import warnings
-from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field
+from contextlib import contextmanager
+from dataclasses import asdict
 from itertools import islice
 from numbers import Real
 
@@ -42,38 +41,24 @@ from pydistill.trainer.checks import (
     no_batch,
     not_finite,
 )
+from pydistill.trainer.columns import check_weight, split_columns
 from pydistill.trainer.data import (
     batch_count,
     batches,
-    check_weight,
     in_memory,
     is_map,
     prepare,
     row_count,
-    split_columns,
 )
-from pydistill.trainer.history import EpochRecord, History, Scores, Totals
+from pydistill.trainer.history import EpochRecord, History, Scores
+from pydistill.trainer.progress import progress_bar, shown
+from pydistill.trainer.run import Run
+from pydistill.trainer.totals import Totals
 
 # Multiply-adds of a step, about: parameters * rows. Two threads lost to one everywhere below this on a busy
 # machine, by up to a factor of 10 for the smallest steps; above it a step lasts long enough for a second
 # thread to pay.
 _SMALL_STEP = 10_000_000
-
-
-@dataclass
-class _Run:
-    """Where a call of fit stands: all that a checkpoint holds besides student, optimizer, scheduler and callbacks."""
-
-    epochs: int  # asked for
-    epoch: int = 1
-    batch: int = 0  # done in this epoch
-    one_thread: bool | None = None  # told by the first batch of all, for the bits depend on it
-    steps: int = 0
-    number: int = 0  # of the latest checkpoint
-    totals: Totals = field(default_factory=Totals)
-    history: History = field(default_factory=History)
-    epoch_random: Tensor | None = None  # torch's random state when the epoch began: its order follows from it
-    random: Tensor | None = None  # where to go on from, after a resume
 
 
 class Trainer:
@@ -255,7 +240,7 @@ class Trainer:
             mode(self.student, training=True),
             threads_restored(),
             _seeded(self.seed),
-            _progress_bar(self.progress, count and epochs * count) as bar,
+            progress_bar(self.progress, count and epochs * count) as bar,
         ):
             run = self._first_or_resumed(resume, setup, epochs)
             check_horizon(self.scheduler, epochs - run.epoch + 1)
@@ -275,7 +260,7 @@ class Trainer:
                 self._step_scheduler(record)
                 run.history.append(record)
                 if bar is not None:
-                    bar.set_postfix(_shown(record))
+                    bar.set_postfix(shown(record))
                 for callback in self.callbacks:
                     callback(self, record)
                 run.epoch, run.batch, run.totals, run.epoch_random = run.epoch + 1, 0, Totals(), None
@@ -571,21 +556,21 @@ class Trainer:
         }
         checkpoint.save(self.checkpoint_dir, run.number, state)
 
-    def _first_or_resumed(self, resume, setup, epochs) -> _Run:
+    def _first_or_resumed(self, resume, setup, epochs) -> Run:
         if self.checkpoint_dir is None:
             if resume:
                 raise ValueError("resume=True needs checkpoint_dir, the folder with the checkpoints")
-            return _Run(epochs)
+            return Run(epochs)
         if not resume:
             if checkpoint.found(self.checkpoint_dir):
                 raise ValueError(
                     f"checkpoint_dir {self.checkpoint_dir} holds checkpoints of an earlier run: pass resume=True to go "
                     "on from them, or another folder"
                 )
-            return _Run(epochs)
+            return Run(epochs)
         state = checkpoint.load_run(self, setup)
         if state is None:
-            return _Run(epochs)
+            return Run(epochs)
         for name, value in setup.items():
             if state["setup"][name] != value:
                 raise ValueError(f"resume: the checkpoint was made with {name}={state['setup'][name]}, got {value}")
@@ -611,7 +596,7 @@ class Trainer:
             EpochRecord(epoch, Scores(*train), None if val is None else Scores(*val), seconds)
             for epoch, train, val, seconds in state["history"]
         )
-        return _Run(epochs, **state["run"], totals=Totals(**state["totals"]), history=history, random=state["random"])
+        return Run(epochs, **state["run"], totals=Totals(**state["totals"]), history=history, random=state["random"])
 
 
 def _groups(found, size):
@@ -624,15 +609,6 @@ def _groups(found, size):
             group = []
     if group:
         yield group
-
-
-def _shown(record):
-    """The numbers beside the progress bar, without those that there are none of."""
-    train = record.train
-    shown = {"epoch": record.epoch, "loss": train.loss, "soft": train.soft_loss, "hard": train.hard_loss}
-    best = record.val or train
-    shown |= {"accuracy": best.accuracy, "agreement": best.agreement}
-    return {name: value for name, value in shown.items() if not math.isnan(value)}
 
 
 @contextmanager
@@ -654,11 +630,3 @@ def _seeded(seed):
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         yield
-
-
-def _progress_bar(wanted, steps):
-    if not wanted or importlib.util.find_spec("tqdm") is None:
-        return nullcontext()
-    from tqdm import tqdm
-
-    return tqdm(total=steps, desc="fit", unit="step")

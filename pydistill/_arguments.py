@@ -1,32 +1,40 @@
-"""Checks that arguments of several public functions share."""
+"""Checks of arguments that several public functions share."""
 
 import sys
 import warnings
 from numbers import Integral
 
+from torch import Tensor
 
-def check_count(name, value) -> int:
-    """A whole number of at least 1."""
+
+def check_integer(name: str, value: object) -> int:
+    """Check that a value is an integer, of Python or of numpy; bool is refused. Returns it as int."""
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name} must be an integer, got {value!r}")
-    if value < 1:
-        raise ValueError(f"{name} must be at least 1, got {value}")
     return int(value)
 
 
-def check_flag(name, value) -> bool:
-    """True or False, and nothing that merely counts as one of them."""
-    if value is not True and value is not False:
+def check_count(name: str, value: object) -> int:
+    """Check that a value is an integer of at least 1. Returns it as int."""
+    count = check_integer(name, value)
+    if count < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}")
+    return count
+
+
+def check_flag(name: str, value: object) -> bool:
+    """Check that a value is True or False; 0, 1 and other values that compare equal to them are refused."""
+    if not isinstance(value, bool):
         raise TypeError(f"{name} must be True or False, got {value!r}")
     return value
 
 
-def lost_storage(tensor) -> bool:
-    """Whether a plain tensor with elements has no memory."""
+def lost_storage(tensor: Tensor) -> bool:
+    """Whether the storage of a tensor with elements was freed."""
     return tensor.data_ptr() == 0 and tensor.numel() > 0
 
 
-def no_storage(name, tensor):
+def no_storage(name: str, tensor: Tensor) -> ValueError:
     """The error for a tensor whose storage was freed."""
     name = "student_logits" if name == "student" else name
     return ValueError(

@@ -1,28 +1,39 @@
-"""Files that are whole or not there, written under another name and then renamed; and the form of what they hold."""
+"""Atomic writing of files, and checks of the form of what was read from them.
+
+A file is written under another name, flushed to the disk and then renamed; the rename is flushed too. At any moment,
+and after a power failure, a reader finds the old file or the new one, never a part.
+"""
 
 import errno
 import json
 import os
 from contextlib import suppress
 from pathlib import Path
-from typing import get_args
+from types import ModuleType
+from typing import Any, TypeAlias, get_args
+
+Form: TypeAlias = Any  # a type, a union of types, or a list, tuple or dict of forms: see form_problem
 
 
-def unfinished_path(path) -> Path:
-    """Where a file is until it is whole."""
+def unfinished_path(path: Path) -> Path:
+    """The name under which a file is written before it is renamed."""
     return path.with_name(f"{path.name}.new")
 
 
-def write_through(path, data):
-    """Write bytes; they are on disk when this returns."""
+def write_through(path: str | os.PathLike[str], data: bytes) -> None:
+    """Write bytes to a file and flush them: they are on the disk when this returns."""
     with open(path, "wb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
 
 
-def write_whole(path, data):
-    """Write bytes under a name; a file that was there stays as it is if the new one cannot be written."""
+def write_whole(path: str | os.PathLike[str], data: bytes) -> None:
+    """Write a file atomically. If the new content cannot be written, the file that was there stays as it is.
+
+    Raises:
+        OSError: the content could not be written; or, if the file has the new content, its rename could not be flushed.
+    """
     path = Path(path)
     unfinished = unfinished_path(path)
     try:
@@ -35,30 +46,30 @@ def write_whole(path, data):
     flush_names(path.parent)
 
 
-def flush_names(folder):
-    """Write a folder's renames to the disk. Only POSIX has a call for it; elsewhere nothing happens."""
+def flush_names(folder: str | os.PathLike[str]) -> None:
+    """Flush a folder's renames to the disk. Only POSIX has a call for this; elsewhere nothing happens."""
     if os.name != "posix":
         return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if error.errno != errno.EINVAL:  # a file system that cannot do it for folders
+        if error.errno != errno.EINVAL:  # the file system cannot flush folders
             raise
     finally:
         os.close(descriptor)
 
 
-def parse_json(text):
-    """``json.loads``, with a ValueError also for what is nested more deeply than Python can follow."""
+def parse_json(text: str | bytes) -> Any:
+    """``json.loads``, with a ValueError instead of a RecursionError for JSON that is nested too deeply."""
     try:
         return json.loads(text)
     except RecursionError:
         raise ValueError("JSON that is nested too deeply") from None
 
 
-def form_problem(value, form, key="") -> str | None:
-    """How a value read from a file differs from the form that it must have; None if it does not.
+def form_problem(value: Any, form: Form, key: str = "") -> str | None:
+    """How a value that was read from a file differs from the form that it must have; None if it does not.
 
     ``form`` is a type or a union of types, where ``object`` stands for anything; ``[form]`` for a list of any length;
     ``(form, form)`` for a list or tuple of this length; or ``{key: form}`` for a dict that has at least these keys.
@@ -84,12 +95,12 @@ def form_problem(value, form, key="") -> str | None:
     return next((problem for at, item, of_item in inner if (problem := form_problem(item, of_item, at))), None)
 
 
-def _join(key, name) -> str:
+def _join(key: str, name: object) -> str:
     return f"{key}.{name}" if key else str(name)
 
 
-def safetensors_torch():
-    """The optional library."""
+def safetensors_torch() -> ModuleType:
+    """Import the optional library safetensors."""
     try:
         import safetensors.torch
     except ImportError as error:

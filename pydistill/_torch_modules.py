@@ -1,14 +1,16 @@
-"""What the trainer, the teachers and the report ask of a torch module."""
+"""Operations on torch modules: mode, dtype of the inputs, number of parameters."""
 
+from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 @contextmanager
-def mode(module, *, training):
-    """Train or eval mode for a while; every submodule gets its own mode back, also one that was frozen."""
+def mode(module: nn.Module, *, training: bool) -> Iterator[None]:
+    """Put a module into train or eval mode, and afterwards each of its submodules back into the mode that it had."""
     before = [(m, m.training) for m in module.modules()]
     module.train(training)
     try:
@@ -18,17 +20,17 @@ def mode(module, *, training):
             m.training = of_module
 
 
-def float_dtype(module, default):
-    """Of the module's first floating-point parameter, in which it wants its inputs."""
+def float_dtype(module: nn.Module, default: torch.dtype) -> torch.dtype:
+    """The dtype of the module's first floating-point parameter; ``default`` if it has none."""
     return next((p.dtype for p in module.parameters() if p.is_floating_point()), default)
 
 
-def as_input(rows, dtype) -> Tensor:
-    """A batch as a module takes it: a tensor, its floating-point numbers in ``dtype`` (None: as they are)."""
+def as_input(rows: Any, dtype: torch.dtype | None) -> Tensor:
+    """Convert a batch to a tensor; floating-point numbers become ``dtype``, unless it is None."""
     tensor = rows if isinstance(rows, Tensor) else torch.tensor(rows)  # a copy: the array may not be writable
     return tensor.to(dtype) if tensor.is_floating_point() else tensor
 
 
-def count_parameters(module) -> int:
-    """How many numbers a module learns, tied ones once."""
+def count_parameters(module: nn.Module) -> int:
+    """The number of elements of all parameters; shared ones count once."""
     return sum(p.numel() for p in module.parameters())

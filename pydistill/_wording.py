@@ -1,14 +1,16 @@
-"""Words for error messages: the form of a value, lists of classes, and the name of the data that an error is about."""
+"""Parts of error messages: descriptions of values, lists of classes, and the name of the data."""
 
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import BuiltinFunctionType, FunctionType
+from typing import Any
 
 from torch import Tensor
 
 
-def describe(value) -> str:
-    """The form of a value, for messages: types, shapes and dtypes, never the numbers."""
-    if type(value) in (tuple, list) and len(value) <= 8:
+def describe(value: object) -> str:
+    """Describe a value for a message by its type, and a tensor also by its shape and dtype; never by its numbers."""
+    if (type(value) is tuple or type(value) is list) and len(value) <= 8:
         return f"({', '.join(map(describe, value))})"
     if isinstance(value, type):
         return f"the class {value.__name__}"
@@ -18,14 +20,14 @@ def describe(value) -> str:
     return type(value).__name__ + shape
 
 
-def few(classes) -> str:
-    """A list of classes for a message; of many the first ten."""
+def few(classes: Sequence[Any]) -> str:
+    """Format a list of classes for a message: all of them, or the first ten and their number."""
     return repr(classes) if len(classes) <= 10 else f"{str(classes[:10])[:-1]}, ...] ({len(classes)})"
 
 
 @contextmanager
-def about(name):
-    """Prefixes errors with the name of the data: the loss and the student do not know whose batch it is."""
+def about(name: str) -> Iterator[None]:
+    """Prefix errors with the name of the data: the loss and the student do not know whose batch they were given."""
     try:
         yield
     except (TypeError, ValueError, IndexError, RuntimeError) as error:

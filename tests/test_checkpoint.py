@@ -60,7 +60,7 @@ def test_resume_from_the_one_before_a_torn_checkpoint(tmp_path, data):
     newest, before = checkpoint.found(tmp_path / "torn")
     newest.write_bytes(newest.read_bytes()[:-10])
     resumed = trainer_in(tmp_path / "torn")
-    with pytest.warns(UserWarning, match=f"{newest.name} is torn or damaged"):
+    with pytest.warns(UserWarning, match=f"{newest.name} is damaged"):
         history = resumed.fit(data, epochs=4, batch_size=16, resume=True)
     assert len(history) == 4
     assert torch.equal(weights(resumed), weights(whole))
@@ -73,7 +73,10 @@ def test_no_whole_checkpoint_is_an_error(tmp_path, data):
         content = bytearray(path.read_bytes())
         content[len(content) // 2] ^= 1
         path.write_bytes(content)
-    with pytest.warns(UserWarning, match="damaged"), pytest.raises(ValueError, match="none of the 2 checkpoints"):
+    with (
+        pytest.warns(UserWarning, match="damaged"),
+        pytest.raises(ValueError, match="none of the 2 checkpoints .* is intact"),
+    ):
         trainer_in(tmp_path).fit(data, epochs=3, resume=True)
 
 
@@ -85,10 +88,10 @@ def test_a_full_disk_leaves_the_earlier_ones(tmp_path, data, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("os.fsync", full)
-    with pytest.raises(OSError, match=r"checkpoint 3 was not written; earlier ones are whole.*No space left"):
+    with pytest.raises(OSError, match=r"checkpoint 3 was not written; earlier ones are intact.*No space left"):
         trainer_in(tmp_path).fit(data, epochs=3, resume=True)
     assert checkpoint.found(tmp_path) == before
-    assert not list(tmp_path.glob("unfinished-*"))
+    assert not list(tmp_path.glob("*.new"))
 
 
 @pytest.mark.parametrize(
@@ -96,7 +99,7 @@ def test_a_full_disk_leaves_the_earlier_ones(tmp_path, data, monkeypatch):
     [
         ("fsync", 1, "was not written"),
         ("replace", 1, "was not written"),
-        ("fsync", 2, "is there, but a power failure may undo that"),
+        ("fsync", 2, "was written, but a power failure may undo that"),
     ],
 )
 def test_a_disk_that_fails_at_every_step(tmp_path, data, monkeypatch, name, number, message):
@@ -111,9 +114,9 @@ def test_a_disk_that_fails_at_every_step(tmp_path, data, monkeypatch, name, numb
 
     with monkeypatch.context() as patch:
         patch.setattr(os, name, fail)
-        with pytest.raises(OSError, match=rf"checkpoint 3 {message}; earlier ones are whole.*No space left"):
+        with pytest.raises(OSError, match=rf"checkpoint 3 {message}; earlier ones are intact.*No space left"):
             trainer_in(tmp_path).fit(data, epochs=3, resume=True)
-    assert not list(tmp_path.glob("unfinished-*"))
+    assert not list(tmp_path.glob("*.new"))
     assert checkpoint.load_newest(tmp_path)["run"]["number"] == (2 if "not" in message else 3)
     assert len(trainer_in(tmp_path).fit(data, epochs=4, resume=True)) == 4
 
@@ -123,10 +126,10 @@ def test_a_read_only_folder(shared_folder, data):
     whole.fit(data, epochs=3)
     folder = shared_folder / "run"
     trainer_in(folder).fit(data, epochs=2)
-    (folder / "unfinished-of-a-run-that-was-killed").write_bytes(b"")
+    (folder / "checkpoint-of-a-run-that-was-killed.safetensors.new").write_bytes(b"")
     with (
         read_only(folder),
-        pytest.raises(PermissionError, match=r"checkpoint 3 was not written; earlier ones are whole"),
+        pytest.raises(PermissionError, match=r"checkpoint 3 was not written; earlier ones are intact"),
     ):
         trainer_in(folder).fit(data, epochs=3, resume=True)
     again = trainer_in(folder)
@@ -348,7 +351,7 @@ class TestChangedStates:
         [
             (("run", "epoch"), "3", "has str where run.epoch must be int"),
             (("run", "batch"), True, "has bool where run.batch must be int"),
-            (("run", "pages"), 3, "has run.pages, which this version does not know"),
+            (("run", "pages"), 3, "has run.pages, which this version does not have"),
             (("stopped",), 1.0, "has float where stopped must be int or NoneType"),
             (("history", 0, 2), "x", r"has str where history\[0\]\[2\] must be list or tuple"),
             (("random",), torch.zeros(7, dtype=torch.uint8), "has no state of torch's random generator in random: "),
@@ -493,7 +496,7 @@ def test_a_damaged_checkpoint_does_not_push_out_a_whole_one(tmp_path, data):
     for _ in range(6):  # a name's place among those of the same number depends on its hash
         newest = checkpoint.found(tmp_path)[0]
         newest.write_bytes(newest.read_bytes()[:-10])
-        with pytest.warns(UserWarning, match="torn or damaged"):
+        with pytest.warns(UserWarning, match="is damaged"):
             trainer_in(tmp_path).fit(data, epochs=4, batch_size=16, resume=True)
         whole = [x for x in checkpoint.found(tmp_path) if x != newest]
         assert len(whole) == 2

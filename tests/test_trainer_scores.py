@@ -390,7 +390,7 @@ def test_a_resume_within_an_epoch_keeps_its_sums(rows, tmp_path):
 
 def test_a_small_plain_step_counts_nothing_twice(rows, monkeypatch):
     calls = []
-    monkeypatch.setattr("pydistill.trainer.loop.loss_items", lambda *args, **options: calls.append(args))
+    monkeypatch.setattr("pydistill.trainer.totals.loss_items", lambda *args, **options: calls.append(args))
     trainer_for(mlp().double()).fit(rows[:3], epochs=1, batch_size=16)
     assert calls == []
 

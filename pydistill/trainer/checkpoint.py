@@ -1,35 +1,41 @@
-"""Checkpoints of a training run: one safetensors file each, whole or not there, never pickle.
+"""Checkpoints of a training run: one safetensors file each, written atomically; no pickle.
 
-A file's name holds its number and the SHA-256 of its bytes, so that a torn or damaged one is told without trusting
-anything in it. It is written under another name, flushed to the disk and then renamed.
+A file's name holds its number and the SHA-256 of its bytes, so that a damaged file is detected before anything in it is
+used.
 """
 
 import hashlib
 import json
-import os
 import re
 import warnings
 from collections import Counter
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import fields
+from os import PathLike
 from pathlib import Path
+from typing import Any, TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from pydistill._files import flush_names, form_problem, parse_json, safetensors_torch, write_through
+from pydistill._files import form_problem, parse_json, safetensors_torch, unfinished_path, write_whole
 from pydistill.trainer.history import Scores
 from pydistill.trainer.totals import Totals
 
-_NAME = re.compile(r"checkpoint-(\d{8})-([0-9a-f]{32})\.safetensors")
+State: TypeAlias = dict[str, Any]  # a tree, whose form is checked by form_problem when it is read
+Folder: TypeAlias = str | PathLike[str]
+
+_NAME = re.compile(r"checkpoint-\d{8}-[0-9a-f]{32}\.safetensors")
 _KEPT = 2
-_KEYS = str | bool | int | float | None  # of dicts, as JSON can hold them in a list
+_KEYS = str | bool | int | float | None  # keys of dicts: JSON keeps their types in a list of pairs
 
 _NUMBER = int | float
 _NUMBERS = (_NUMBER,) * len(Scores._fields)
-# What a Trainer reads. The callbacks' states are their own affair, as are most of the optimizer's and the scheduler's.
-_RUN = {
+# The form of what the Trainer reads itself. The states of the callbacks, and most of those of the optimizer and the
+# scheduler, are checked by their own load_state_dict.
+RUN_FIELDS: dict[str, Any] = {
     "epoch": int,
     "batch": int,
     "one_thread": bool | None,
@@ -37,9 +43,9 @@ _RUN = {
     "number": int,
     "epoch_random": Tensor | None,
 }
-_STATE = {
+_STATE: State = {
     "setup": dict,
-    "run": _RUN,
+    "run": RUN_FIELDS,
     "totals": {field.name: _NUMBER for field in fields(Totals)},
     "history": [(int, _NUMBERS, object, _NUMBER)],  # the third: numbers, or None without validation data
     "stopped": int | None,
@@ -52,14 +58,14 @@ _STATE = {
 }
 
 
-def save(folder, number, state):
+def save(folder: Folder, number: int, state: State) -> Path:
     """Write the state, a tree of dicts, lists, tuples, numbers, strings and tensors; the two newest files are kept.
 
     Raises:
         OSError: the disk is full, or the folder cannot be written; earlier checkpoints are untouched.
-        TypeError: something in the state that is none of these.
+        TypeError: the state holds a value of another type.
     """
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     tree = json.dumps(_encode(state, tensors, "state"))
     try:
         data = safetensors_torch().save(tensors, metadata={"state": tree})
@@ -68,63 +74,61 @@ def save(folder, number, state):
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"checkpoint-{number:08d}-{hashlib.sha256(data).hexdigest()[:32]}.safetensors"
-    unfinished = folder / f"unfinished-{path.name}"
     try:
-        write_through(unfinished, data)
-        os.replace(unfinished, path)
-        flush_names(folder)
+        write_whole(path, data)
     except OSError as error:
-        with suppress(OSError):
-            unfinished.unlink()
-        outcome = "is there, but a power failure may undo that" if path.exists() else "was not written"
-        raise OSError(error.errno, f"checkpoint {number} {outcome}; earlier ones are whole: {error}") from error
-    # One of the same number is damaged: a run went on from the one before it.
-    others = sorted((x for x in found(folder) if x != path), key=lambda x: _number(x) == number)
-    for old in [*others[_KEPT - 1 :], *(x for x in folder.glob("unfinished-*") if x != unfinished)]:
+        outcome = "was written, but a power failure may undo that" if path.exists() else "was not written"
+        raise OSError(error.errno, f"checkpoint {number} {outcome}; earlier ones are intact: {error}") from error
+    # Another file of the same number is damaged: the run was resumed from the one before it.
+    others = sorted((x for x in found(folder) if x != path), key=lambda x: _name_parts(x)[0] == number)
+    of_killed_runs = folder.glob(unfinished_path(Path("checkpoint-*.safetensors")).name)
+    for old in [*others[_KEPT - 1 :], *of_killed_runs]:
         old.unlink(missing_ok=True)
     return path
 
 
-def load_newest(folder):
-    """The state of the newest whole checkpoint; None if there is none yet.
-
-    A damaged one is warned of, and the one before it taken.
+def load_newest(folder: Folder) -> State | None:
+    """The state of the newest intact checkpoint; None if there is none yet. A damaged one causes a warning.
 
     Raises:
-        ValueError: there are checkpoints, and none is whole; or the newest whole one holds something else.
+        ValueError: there are checkpoints, and all of them are damaged; or the newest intact one holds something else.
     """
-    return _load_newest(folder)[1]
+    newest = _load_newest(folder)
+    return None if newest is None else newest[1]
 
 
-def load_run(trainer, setup):
-    """The newest state in a Trainer's folder, checked so far that the Trainer can go on from it; None if there is none.
+def load_run(
+    folder: Folder, setup: Mapping[str, object], student: nn.Module, scheduler: object, callbacks: Sequence[object]
+) -> State | None:
+    """The newest state in a folder, checked as far as a Trainer with these parts needs; None if there is none.
 
-    ``setup`` holds what must be the same as when the checkpoint was made. Nothing of the Trainer is changed.
+    ``setup`` holds the options that must be the same as when the checkpoint was made. Nothing is loaded into the parts.
 
     Raises:
         ValueError: as for :func:`load_newest`; a state that lacks something or has it in another form; one of another
             student, of other callbacks, or with a scheduler where there is none now, or none where there is one.
     """
-    path, state = _load_newest(trainer.checkpoint_dir)
-    if path is None:
+    newest = _load_newest(folder)
+    if newest is None:
         return None
+    path, state = newest
     problem = _state_problem(state, setup)
     if problem:
         raise ValueError(f"checkpoint {path} is damaged, or not one of this version of pydistill: it {problem}")
-    problem = _other_parts(state, trainer)
+    problem = _other_parts(state, student, scheduler, callbacks)
     if problem:
         raise ValueError(f"resume: the checkpoint {problem}")
     return state
 
 
-def _state_problem(state, setup) -> str | None:
-    """What keeps a state from being one that the Trainer wrote."""
+def _state_problem(state: State, setup: Mapping[str, object]) -> str | None:
+    """How a state differs in form from those that the Trainer writes; None if it does not."""
     problem = form_problem(state, _STATE | {"setup": dict.fromkeys(setup, object)})
     if problem:
         return problem
-    strange = state["run"].keys() - _RUN.keys()
+    strange = state["run"].keys() - RUN_FIELDS.keys()
     if strange:
-        return f"has run.{min(strange, key=str)}, which this version does not know"
+        return f"has run.{min(strange, key=str)}, which this version does not have"
     if not isinstance((state["scheduler"] or {}).get("last_epoch", 0), int):
         return "has no whole number in scheduler.last_epoch"
     for i, (_, _, validated, _) in enumerate(state["history"]):
@@ -140,30 +144,30 @@ def _state_problem(state, setup) -> str | None:
     return None
 
 
-def _other_parts(state, trainer) -> str | None:
-    """How the parts that a checkpoint is of differ from those that the Trainer has."""
-    saved, own = state["student"], trainer.student.state_dict()
+def _other_parts(state: State, student: nn.Module, scheduler: object, callbacks: Sequence[object]) -> str | None:
+    """How the parts that were saved in a checkpoint differ from the Trainer's; None if they do not."""
+    saved, own = state["student"], student.state_dict()
     for name in sorted(saved.keys() ^ own.keys(), key=str):
         return f"holds another student: {name} is only in {'it' if name in saved else 'the student'}"
     for name, x in own.items():
-        if is_lazy(x):  # takes the shape and dtype of what is loaded
+        if is_lazy(x):  # gets its shape and dtype when the state is loaded
             continue
         forms = [f"{y.dtype} {tuple(y.shape)}" if isinstance(y, Tensor) else type(y).__name__ for y in (saved[name], x)]
         if forms[0] != forms[1]:
             return f"holds another student: {name} is {forms[0]} in it and {forms[1]} in the student"
-    if (state["scheduler"] is None) != (trainer.scheduler is None):
+    if (state["scheduler"] is None) != (scheduler is None):
         return f"was made with{'out' if state['scheduler'] is None else ''} a scheduler; pass the same ones again"
-    if len(state["callbacks"]) != len(trainer.callbacks):
-        return f"was made with {len(state['callbacks'])} callbacks, got {len(trainer.callbacks)}; pass the same ones"
-    for i, (of_callback, callback) in enumerate(zip(state["callbacks"], trainer.callbacks, strict=True)):
+    if len(state["callbacks"]) != len(callbacks):
+        return f"was made with {len(state['callbacks'])} callbacks, got {len(callbacks)}; pass the same ones"
+    for i, (of_callback, callback) in enumerate(zip(state["callbacks"], callbacks, strict=True)):
         if (of_callback is None) == hasattr(callback, "load_state_dict"):
             return f"was made with other callbacks: number {i} is now {type(callback).__name__}; pass the same ones"
     return None
 
 
 @contextmanager
-def loading(part):
-    """What goes wrong inside is said of this part of the checkpoint: its own loading says only which key it lacks."""
+def loading(part: str) -> Iterator[None]:
+    """Turn errors of a ``load_state_dict`` into one that names the part: the original may hold a missing key alone."""
     try:
         yield
     except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
@@ -172,40 +176,44 @@ def loading(part):
         ) from error
 
 
-def _load_newest(folder):
+def _load_newest(folder: Folder) -> tuple[Path, State] | None:
     paths = found(folder)
     for path in paths:
         data = path.read_bytes()
-        if hashlib.sha256(data).hexdigest()[:32] == _NAME.fullmatch(path.name)[2]:
+        if hashlib.sha256(data).hexdigest()[:32] == _name_parts(path)[1]:
             return path, _decode_file(path, data)
-        warnings.warn(f"checkpoint {path} is torn or damaged: its SHA-256 is not the one in its name", stacklevel=4)
+        warnings.warn(f"checkpoint {path} is damaged: its SHA-256 is not the one in its name", stacklevel=5)
     if paths:
-        raise ValueError(f"checkpoint_dir: none of the {len(paths)} checkpoints in {folder} is whole")
-    return None, None
+        raise ValueError(f"checkpoint_dir: none of the {len(paths)} checkpoints in {folder} is intact")
+    return None
 
 
-def found(folder):
-    """The folder's checkpoints, whole or not, newest first."""
+def found(folder: Folder) -> list[Path]:
+    """The folder's checkpoints, damaged ones too, newest first."""
     folder = Path(folder)
     if not folder.is_dir():
         return []
     return sorted((p for p in folder.iterdir() if _NAME.fullmatch(p.name)), reverse=True)
 
 
-def _number(path) -> int:
-    return int(_NAME.fullmatch(path.name)[1])
+def _name_parts(path: Path) -> tuple[int, str]:
+    """Number and digest in the name of a checkpoint."""
+    _, number, digest = path.stem.split("-")
+    return int(number), digest
 
 
-def _decode_file(path, data):
+def _decode_file(path: Path, data: bytes) -> State:
     from safetensors import SafetensorError
 
+    problem: object
     try:
         tensors = safetensors_torch().load(data)  # which checks the header, read again below
         header = parse_json(data[8 : 8 + int.from_bytes(data[:8], "little")])
         tree = (header.get("__metadata__") or {}).get("state")
         if tree is None:
             raise ValueError("its header has no __metadata__.state")
-        return _decode(parse_json(tree), tensors, "state")
+        state: State = _decode(parse_json(tree), tensors, "state")
+        return state
     except RecursionError:
         problem = "its state is nested too deeply"
     except KeyError as error:
@@ -215,15 +223,15 @@ def _decode_file(path, data):
     raise ValueError(f"checkpoint {path} is damaged, or not one of pydistill: {problem}")
 
 
-def _encode(value, tensors, path):
-    """JSON for a tree; its tensors go to ``tensors``, under their paths."""
+def _encode(value: Any, tensors: dict[str, Tensor], path: str) -> Any:
+    """Convert a tree to what JSON can hold; its tensors are put into ``tensors``, under their paths."""
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, Tensor):
         if value.layout is not torch.strided:
             raise TypeError(f"a checkpoint holds dense tensors; {path} is {value.layout}")
         name = path if path not in tensors else f"{path} {len(tensors)}"  # "a.b" may be one key or two
-        tensors[name] = value.detach().clone().contiguous()  # no two may share memory
+        tensors[name] = value.detach().clone().contiguous()  # safetensors refuses tensors that share memory
         return {"tensor": name}
     if isinstance(value, dict):
         strange = [key for key in value if not isinstance(key, _KEYS)]
@@ -239,8 +247,8 @@ def _encode(value, tensors, path):
     raise TypeError(f"a checkpoint holds numbers, strings, lists, dicts and tensors; {path} is {type(value).__name__}")
 
 
-def _decode(value, tensors, path):
-    """The tree that _encode made JSON of."""
+def _decode(value: Any, tensors: Mapping[str, Tensor], path: str) -> Any:
+    """Convert what :func:`_encode` returned back to the tree."""
     if isinstance(value, list):
         return [_decode(v, tensors, f"{path}.{k}") for k, v in enumerate(value)]
     if not isinstance(value, dict):
@@ -250,8 +258,11 @@ def _decode(value, tensors, path):
         return tensors[content]
     if kind == "tuple" and isinstance(content, list):
         return tuple(_decode(content, tensors, path))
-    pairs = isinstance(content, list) and all(isinstance(x, list) and len(x) == 2 for x in content)
-    if kind in ("dict", "counter") and pairs and all(isinstance(k, _KEYS) for k, _ in content):
+    if kind in ("dict", "counter") and isinstance(content, list) and all(map(_is_pair, content)):
         decoded = {k: _decode(v, tensors, f"{path}.{k}") for k, v in content}
         return Counter(decoded) if kind == "counter" else decoded
     raise ValueError(f"{path} is neither a tensor of the file, a tuple nor a dict")
+
+
+def _is_pair(item: object) -> bool:
+    return isinstance(item, list) and len(item) == 2 and isinstance(item[0], _KEYS)

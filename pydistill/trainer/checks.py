@@ -4,47 +4,63 @@ import inspect
 import math
 import os
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from copy import deepcopy
 from numbers import Integral, Real
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CyclicLR, LRScheduler, OneCycleLR
 
 from pydistill._arguments import check_count
 from pydistill._wording import describe
+from pydistill.functional import LossMetrics
 from pydistill.losses import DistillationLoss, LinearDistillationLoss
-from pydistill.trainer.data import row_count
+from pydistill.store import TeacherStore
+from pydistill.targets import SoftTargets
+from pydistill.trainer.data import PreparedData, row_count
+from pydistill.trainer.history import EpochRecord
 
+if TYPE_CHECKING:
+    from pydistill.trainer.loop import Trainer
+
+Loss: TypeAlias = DistillationLoss | Callable[..., tuple[Tensor, LossMetrics]]
+Teacher: TypeAlias = nn.Module | SoftTargets | TeacherStore | Tensor
+Callback: TypeAlias = "Callable[[Trainer, EpochRecord], object]"
+Schedules: TypeAlias = Mapping[str, Callable[[int], Any]]
+
+TEACHER_ROWS = (SoftTargets, TeacherStore, Tensor)  # teachers that are outputs, with a row per training row
 _BATCH_NORMS = (torch.nn.BatchNorm1d, torch.nn.BatchNorm2d, torch.nn.BatchNorm3d)
 _LOSSES = (DistillationLoss, LinearDistillationLoss)
 _ORDER = "the order is Trainer(student, loss, teacher=teacher)"
 
 
-def check_seed(seed) -> int | None:
-    """A number that torch's generator takes as it is: it would wrap negative ones."""
+def check_seed(seed: object) -> int | None:
+    """Check that a seed is None or in the range of torch's generator, which would wrap negative numbers."""
     if seed is None:
         return None
     if isinstance(seed, bool) or not isinstance(seed, Integral):
         raise TypeError(f"seed must be an integer or None, got {seed!r}")
-    if not 0 <= seed < 2**64:
+    if not 0 <= int(seed) < 2**64:
         raise ValueError(f"seed must be in [0, 2**64), got {seed}")
     return int(seed)
 
 
-def check_clip_norm(clip_norm):
-    """The largest norm of a gradient, or None."""
+def check_clip_norm(clip_norm: object) -> None:
+    """Check that clip_norm is None or a positive number."""
     if clip_norm is None:
         return
     if isinstance(clip_norm, bool) or not isinstance(clip_norm, Real):
         raise TypeError(f"clip_norm must be a number or None, got {clip_norm!r}")
-    if not clip_norm > 0:
+    if not float(clip_norm) > 0:
         raise ValueError(f"clip_norm must be positive, got {clip_norm!r}")
 
 
-def check_checkpoints(folder, every) -> int | None:
-    """Where to write checkpoints, and after how many steps; returns the latter."""
+def check_checkpoints(folder: object, every: object) -> int | None:
+    """Check checkpoint_dir and checkpoint_every. Returns the latter as int."""
     if folder is not None and not isinstance(folder, str | os.PathLike):
         raise TypeError(f"checkpoint_dir must be a path or None, got {folder!r}")
     if every is None:
@@ -55,35 +71,49 @@ def check_checkpoints(folder, every) -> int | None:
     return every
 
 
-def check_student(student):
-    """A model with parameters."""
+def check_student(student: object) -> None:
+    """Check that the student is a module with parameters, each of which has a shape."""
     if isinstance(student, _LOSSES):
         raise TypeError(f"student must be the model, got the loss {type(student).__name__}: {_ORDER}")
-    if not isinstance(student, torch.nn.Module):
+    if not isinstance(student, nn.Module):
         raise TypeError(f"student must be a torch.nn.Module, got {describe(student)}")
     parameters = list(student.parameters())
     if not parameters:
         raise ValueError(f"student must have parameters to train, got {type(student).__name__} without any")
-    if any(map(torch.nn.parameter.is_lazy, parameters)):
+    if any(map(is_lazy, parameters)):
         raise ValueError(
-            f"student must have all its parameters, and lazy ones of this {type(student).__name__} have no shape yet: "
-            "call it on a batch before, student(inputs)"
+            f"student must have parameters with a shape, and the lazy ones of this {type(student).__name__} have none "
+            "yet: call it on a batch before, student(inputs)"
         )
 
 
-def check_teacher(teacher, *, rows: bool):
-    """A module, unless ``rows`` says that these are outputs; None for none."""
+def check_teacher(teacher: object) -> None:
+    """Check that the teacher is a module, outputs with a row per training row, or None."""
     if isinstance(teacher, _LOSSES):
         raise TypeError(f"teacher must be a model or its outputs, got the loss {type(teacher).__name__}: {_ORDER}")
-    if teacher is not None and not isinstance(teacher, torch.nn.Module) and not rows:
+    if teacher is not None and not isinstance(teacher, (nn.Module, *TEACHER_ROWS)):
         raise TypeError(
             f"teacher must be a torch.nn.Module, SoftTargets or a TeacherStore, got {describe(teacher)}; the "
             "outputs of other teachers go into the data: (inputs, targets, labels)"
         )
 
 
-def check_loss(loss):
-    """A loss that can be called as a DistillationLoss is, and gives one number."""
+def check_teacher_rows(teacher: object, train: PreparedData) -> None:
+    """Check that a teacher of outputs has a row per training row."""
+    if not isinstance(teacher, TEACHER_ROWS):
+        return
+    count = row_count(train)
+    if count is None:
+        raise ValueError(
+            f"teacher: {type(teacher).__name__} has a row per training row, and an iterable does not say which rows "
+            "its batches are; pass tensors or a Dataset"
+        )
+    if count != len(teacher):
+        raise ValueError(f"teacher must have a row per row of train, got {len(teacher)} for {count}")
+
+
+def check_loss(loss: Any) -> None:
+    """Check that the loss can be called as a DistillationLoss is and returns one number."""
     call = "loss(student_logits, targets, labels, return_metrics=True)"
     rule = f"loss must be a DistillationLoss, or a callable that is called as {call}"
     if isinstance(loss, type):
@@ -97,23 +127,25 @@ def check_loss(loss):
     if getattr(loss, "reduction", "mean") != "mean":
         raise ValueError(f'loss must have reduction="mean": the trainer steps on one number; got {loss.reduction!r}')
     if not _accepts(loss, None, None, None, return_metrics=True):
-        hint = f". If it is the teacher: {_ORDER}" if isinstance(loss, torch.nn.Module) else ""
+        hint = f". If it is the teacher: {_ORDER}" if isinstance(loss, nn.Module) else ""
         raise TypeError(f"{rule}; got {describe(loss)}, which does not take these arguments{hint}")
 
 
-def check_result(loss, result):
-    """What a loss must give under return_metrics=True."""
+def check_result(loss: object, result: Any) -> tuple[Tensor, LossMetrics]:
+    """Check the form of what the loss returned under return_metrics=True. Returns it."""
     if not (isinstance(result, tuple | list) and len(result) == 2 and isinstance(result[0], Tensor)):
         raise TypeError(f"loss must return (loss, LossMetrics); {describe(loss)} returned {describe(result)}")
-    if not (isinstance(result[1], tuple) and len(result[1]) == 5):
-        raise TypeError(f"loss must return LossMetrics second; {describe(loss)} returned {describe(result[1])}")
-    return result
+    value, metrics = result
+    is_metrics = isinstance(metrics, tuple) and len(metrics) == len(LossMetrics._fields)
+    if not is_metrics:
+        raise TypeError(f"loss must return LossMetrics as second item; {describe(loss)} returned {describe(metrics)}")
+    return value, metrics
 
 
-def check_optimizer(optimizer, student):
-    """An optimizer that can train this student."""
+def check_optimizer(optimizer: object, student: nn.Module) -> None:
+    """Check that the optimizer steps without a closure and holds a parameter of the student."""
     made = "made of the student's parameters, such as torch.optim.SGD(student.parameters(), lr=0.1)"
-    if not isinstance(optimizer, torch.optim.Optimizer):
+    if not isinstance(optimizer, Optimizer):
         raise TypeError(f"optimizer must be a torch.optim.Optimizer {made}; got {describe(optimizer)}")
     if isinstance(optimizer, torch.optim.LBFGS):
         raise ValueError("optimizer must step without a closure, which LBFGS needs to evaluate the loss several times")
@@ -122,8 +154,8 @@ def check_optimizer(optimizer, student):
         raise ValueError(f"optimizer must be {made}; this {type(optimizer).__name__} holds none of them")
 
 
-def check_trainable(student, optimizer):
-    """Some parameter must be able to learn."""
+def check_trainable(student: nn.Module, optimizer: Optimizer) -> None:
+    """Check that a parameter of the student that the optimizer holds requires a gradient."""
     if not any(p.requires_grad for p in student.parameters()):
         raise ValueError(
             "student must have a parameter that requires a gradient, and all of them are frozen: call "
@@ -138,8 +170,8 @@ def check_trainable(student, optimizer):
         )
 
 
-def check_scheduler(scheduler, optimizer):
-    """A learning-rate scheduler of the optimizer; both are the caller's, or None."""
+def check_scheduler(scheduler: object, optimizer: object) -> None:
+    """Check that the scheduler is None or a learning-rate scheduler of the optimizer that was passed with it."""
     if scheduler is None:
         return
     made = "made of the optimizer, such as torch.optim.lr_scheduler.StepLR(optimizer, 10)"
@@ -154,8 +186,8 @@ def check_scheduler(scheduler, optimizer):
         )
 
 
-def check_horizon(scheduler, epochs):
-    """The scheduler is stepped once after each of the ``epochs`` to come: it must have been planned so."""
+def check_horizon(scheduler: LRScheduler | None, epochs: int) -> None:
+    """Check that the scheduler was planned in epochs: it is stepped once after each of the ``epochs`` to come."""
     for part in () if scheduler is None else _schedulers(scheduler):
         alone, name = part is scheduler, type(part).__name__
         if isinstance(part, OneCycleLR):
@@ -179,49 +211,50 @@ def check_horizon(scheduler, epochs):
                 "after each batch"
             )
         warnings.warn(
-            f"scheduler: {name} is stepped once after each epoch, and with {option}={length:g} it will not have run "
-            f"its course after {epochs} epochs. If {option} was meant in batches, give it in epochs",
+            f"scheduler: {name} is stepped once after each epoch, and with {option}={length:g} it will not be complete "
+            f"after {epochs} epochs. If {option} was meant in batches, give it in epochs",
             UserWarning,
             stacklevel=3,
         )
 
 
-def _schedulers(scheduler):
-    """A scheduler, and those that it is made of."""
+def _schedulers(scheduler: LRScheduler) -> Iterator[LRScheduler]:
+    """Yield a scheduler and those that it is made of."""
     yield scheduler
     for part in getattr(scheduler, "_schedulers", ()):
         yield from _schedulers(part)
 
 
-def _length(scheduler):
-    """``(steps, option)``: after how many steps it has run its course, and which option says so."""
+def _length(scheduler: LRScheduler) -> tuple[float, str | None]:
+    """``(steps, option)``: the number of steps after which it is complete, and the option that sets this number."""
     if isinstance(scheduler, CyclicLR):
         return scheduler.total_size, "step_size_up + step_size_down"
     for option in ("T_max", "total_iters"):
-        if isinstance(getattr(scheduler, option, None), Real):
-            return getattr(scheduler, option), option
+        steps = getattr(scheduler, option, None)
+        if isinstance(steps, Real):
+            return float(steps), option
     return 0, None
 
 
-def check_callbacks(callbacks) -> tuple:
-    """Functions of (trainer, record)."""
+def check_callbacks(callbacks: Any) -> tuple[Callback, ...]:
+    """Check that the callbacks are functions of (trainer, record). Returns them."""
     rule = "callbacks must be a sequence of functions of (trainer, record)"
     if not isinstance(callbacks, Iterable) or isinstance(callbacks, str | type):
         hint = ": put it into a list" if callable(callbacks) else ""
         raise TypeError(f"{rule}; got {describe(callbacks)}{hint}")
-    callbacks = tuple(callbacks)
-    for callback in callbacks:
+    checked = tuple(callbacks)
+    for callback in checked:
         if isinstance(callback, type):
             raise TypeError(f"{rule}; got {describe(callback)}: pass an instance, {callback.__name__}()")
         if not callable(callback):
             raise TypeError(f"{rule}; got {describe(callback)}, which cannot be called")
         if not _accepts(callback, None, None):
             raise TypeError(f"{rule}; got {describe(callback)}, which does not take these two arguments")
-    return callbacks
+    return checked
 
 
-def check_schedules(schedules, loss) -> dict:
-    """Options of the loss, each with a function of the epoch."""
+def check_schedules(schedules: object, loss: Loss) -> dict[str, Callable[[int], Any]]:
+    """Check that schedules map options of the loss to functions of the epoch. Returns them."""
     rule = "schedules must map options of the loss to functions of the epoch"
     if schedules is None:
         return {}
@@ -235,11 +268,11 @@ def check_schedules(schedules, loss) -> dict:
     return dict(schedules)
 
 
-def _accepts(function, *args, **kwargs) -> bool:
-    """Whether the arguments fit, as far as that is known."""
+def _accepts(function: Callable[..., Any], *args: object, **kwargs: object) -> bool:
+    """Whether a function can be called with these arguments; True where its signature is unknown."""
     try:
-        signature = inspect.signature(function.forward if isinstance(function, torch.nn.Module) else function)
-    except (TypeError, ValueError):  # some functions that are not written in Python
+        signature = inspect.signature(function.forward if isinstance(function, nn.Module) else function)
+    except (TypeError, ValueError):  # some functions of compiled modules
         return True
     try:
         signature.bind(*args, **kwargs)
@@ -248,14 +281,18 @@ def _accepts(function, *args, **kwargs) -> bool:
     return True
 
 
-def has_lone_last_row(data, batch_size) -> bool:
-    """Whether the last batch is one row, as far as that is known."""
+def has_lone_last_row(data: PreparedData, batch_size: int) -> bool:
+    """Whether the last batch has a single row; False for an iterable, whose batches are not known."""
     count = row_count(data)
-    return bool(count) and (count - 1) % batch_size == 0
+    return count is not None and (count - 1) % batch_size == 0
 
 
-def check_lone_row(student, inputs, count, batch_size):
-    """Batch norm cannot learn from one value per channel; torch says so only in the last step of an epoch."""
+def check_lone_row(student: nn.Module, inputs: Any, count: int | None, batch_size: int) -> None:
+    """Check that a student with batch norm can train on a batch of one row.
+
+    Batch norm needs more than one value per channel. torch raises only in the last step of an epoch; this check comes
+    before the first.
+    """
     if not any(isinstance(m, _BATCH_NORMS) for m in student.modules()):
         return
     try:
@@ -269,15 +306,15 @@ def check_lone_row(student, inputs, count, batch_size):
 
 
 @torch.no_grad()
-def check_weights(student, loss, epoch, step):
-    """A checkpoint of weights that are not finite would push out those that are."""
+def check_weights(student: nn.Module, loss: Loss, epoch: int, step: int) -> None:
+    """Check that the weights are finite: a checkpoint of others would replace the last one of finite weights."""
     doubtful = (p for p in student.parameters() if not math.isfinite(p.sum()))  # one pass; a sum may overflow
     if not all(p.isfinite().all() for p in doubtful):
         raise not_finite("the student's weights", loss, epoch, step)
 
 
-def not_finite(what, loss, epoch, step) -> ValueError:
-    """The error of a training that has gone wrong."""
+def not_finite(what: str, loss: Loss, epoch: int, step: int) -> ValueError:
+    """The error for a training that has diverged."""
     return ValueError(
         f"{what} must stay finite, but became nan or infinite in epoch {epoch}, step {step}, under {loss}. Likely "
         "causes: a learning rate that is too large (lower it, or set clip_norm); NaN in inputs or targets; a teacher "
@@ -285,7 +322,7 @@ def not_finite(what, loss, epoch, step) -> ValueError:
     )
 
 
-def no_batch(name, epoch) -> str:
-    """The message for data that turned out empty."""
+def no_batch(name: str, epoch: int) -> str:
+    """The message for an iterable that gave no batch."""
     hint = "; an iterator runs out after one epoch: pass a DataLoader or a list" if epoch > 1 else ""
     return f"{name} must give at least one batch, got none in epoch {epoch}{hint}"

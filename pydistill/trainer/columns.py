@@ -1,14 +1,40 @@
-"""Which column of a batch is what."""
+"""The columns of a batch: which of them are inputs, targets, labels and sample weights."""
+
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from pydistill._wording import describe
+from pydistill.targets import SoftTargets
 
 
-def split_columns(columns, *, with_teacher, float_labels=False):
-    """A batch, or all rows, as ``(inputs, targets, labels, sample_weight)``; None for what is not among them.
+class Columns(NamedTuple):
+    """One batch, or all rows of data in memory; None for a column that the data do not have.
 
-    ``with_teacher``: the targets are made from the inputs. ``float_labels``: the loss may take such labels.
+    Attributes:
+        inputs: what the student takes as its one argument.
+        targets: the teacher's logits ``(..., C)``, or :class:`SoftTargets`.
+        labels: class indices ``(...)``; for a loss that is not a DistillationLoss, of any form.
+        weight: sample weights, floating-point, of the shape of the labels.
+    """
+
+    inputs: Any
+    targets: Tensor | SoftTargets | None = None
+    labels: Tensor | None = None
+    weight: Tensor | None = None
+
+
+def split_columns(columns: object, *, with_teacher: bool, float_labels: bool = False) -> Columns:
+    """Decide from number, dtypes and shapes which column is which.
+
+    Args:
+        columns: a tuple or list of one to four columns.
+        with_teacher: the targets are made by the teacher, so that there is no column of targets.
+        float_labels: accept labels of a floating-point dtype, for a loss that is not a DistillationLoss.
+
+    Raises:
+        TypeError: ``columns`` is not a tuple or list; labels are floating-point where they must not be.
+        ValueError: another number of columns, or sample weights of another shape or dtype.
     """
     if not isinstance(columns, tuple | list):
         raise TypeError(
@@ -16,28 +42,27 @@ def split_columns(columns, *, with_teacher, float_labels=False):
         )
     match columns:
         case (inputs,) if with_teacher:
-            found = inputs, None, None, None
+            found = Columns(inputs)
         case (inputs, labels) if with_teacher or _is_labels(labels) or _is_vector(labels):
-            found = inputs, None, labels, None
+            found = Columns(inputs, labels=labels)
         case (inputs, labels, weight) if with_teacher or _is_labels(labels):
-            found = inputs, None, labels, weight
+            found = Columns(inputs, labels=labels, weight=weight)
         case (inputs, targets):
-            found = inputs, targets, None, None
+            found = Columns(inputs, targets)
         case (inputs, targets, labels):
-            found = inputs, targets, labels, None
+            found = Columns(inputs, targets, labels)
         case (inputs, targets, labels, weight) if not with_teacher:
-            found = columns
+            found = Columns(inputs, targets, labels, weight)
         case _:
             raise _bad_form(columns, with_teacher)
-    _, _, labels, weight = found
-    if weight is not None and not _is_weight(weight, labels):
+    if found.weight is not None and not _is_weight(found.weight, found.labels):
         raise _bad_form(columns, with_teacher)
-    if isinstance(labels, Tensor) and labels.is_floating_point() and not float_labels:
-        raise _no_labels(labels)
+    if isinstance(found.labels, Tensor) and found.labels.is_floating_point() and not float_labels:
+        raise _no_labels(found.labels)
     return found
 
 
-def _bad_form(columns, with_teacher) -> ValueError:
+def _bad_form(columns: tuple[Any, ...] | list[Any], with_teacher: bool) -> ValueError:
     if with_teacher:
         forms = (
             "(inputs, labels) or (inputs,) under teacher=, which makes the targets, or (inputs, labels, sample_weight)"
@@ -52,8 +77,8 @@ def _bad_form(columns, with_teacher) -> ValueError:
     )
 
 
-def check_weight(weight):
-    """Sample weights of all rows, before the first of them is used: the loss sees a shuffled batch."""
+def check_weight(weight: object) -> None:
+    """Check the sample weights of all rows before training: the loss would name a row of a shuffled batch."""
     if isinstance(weight, Tensor) and weight.is_floating_point():
         bad = ~((weight >= 0) & weight.isfinite())
         if bad.any():
@@ -63,20 +88,20 @@ def check_weight(weight):
             )
 
 
-def _is_labels(column) -> bool:
+def _is_labels(column: object) -> bool:
     return isinstance(column, Tensor) and not column.is_floating_point()
 
 
-def _is_vector(column) -> bool:
-    """One number per row, which logits are not."""
+def _is_vector(column: object) -> bool:
+    """Whether a column has one number per row: logits have one per class."""
     return isinstance(column, Tensor) and column.dim() == 1
 
 
-def _is_weight(column, labels) -> bool:
+def _is_weight(column: object, labels: object) -> bool:
     return isinstance(column, Tensor) and column.is_floating_point() and column.shape == getattr(labels, "shape", None)
 
 
-def _no_labels(column) -> TypeError:
+def _no_labels(column: Tensor) -> TypeError:
     """The error for floating-point numbers where labels are expected."""
     if column.dim() == 1:
         hint = "if they are whole numbers, pass labels.long()"

@@ -1,9 +1,12 @@
-"""The Trainer's data in batches: tensors and arrays in memory, a Dataset, or an iterable of batches."""
+"""The Trainer's data in batches: columns in memory, a Dataset, or an iterable of batches."""
 
 import math
+from collections.abc import Iterable, Iterator, Sequence, Sized
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, TensorDataset, default_collate
 
@@ -11,96 +14,145 @@ from pydistill._wording import describe
 from pydistill.store import TeacherStore
 from pydistill.targets import SoftTargets
 
+if TYPE_CHECKING:
+    from typing_extensions import TypeIs
 
-def prepare(name, data, dtype):
-    """Arrays as tensors, floating-point ones of the inputs in the student's ``dtype``; checked where it can be."""
+
+class SizedDataset(Protocol):
+    """A Dataset whose rows can be chosen."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Any: ...
+
+
+# As users pass them
+Data: TypeAlias = tuple[Tensor | NDArray[Any] | SoftTargets, ...] | Dataset[Any] | Iterable[Sequence[Any]]
+Inputs: TypeAlias = Tensor | NDArray[Any] | tuple[Tensor | NDArray[Any]] | Dataset[Any] | Iterable[Any]
+# As prepare returns them
+IndexedData: TypeAlias = tuple[Tensor | SoftTargets, ...] | SizedDataset
+PreparedData: TypeAlias = IndexedData | Iterable[Any]
+
+Rows: TypeAlias = slice | Tensor  # indices of the rows of a batch
+
+
+def prepare(name: str, data: Any, dtype: torch.dtype) -> PreparedData:
+    """Check the form of data, as far as it is in memory, and convert arrays to tensors.
+
+    Args:
+        name: the argument's name, for messages.
+        data: in one of the forms that the Trainer takes.
+        dtype: that of the student; float64 inputs in memory are converted to it.
+    """
     if isinstance(data, TensorDataset):
         data = tuple(data.tensors)
-    if in_memory(data):
+    if is_columns(data):
         data = tuple(_as_tensor(column) for column in data)
         _check_columns(name, data)
         inputs = data[0]
         if isinstance(inputs, Tensor) and inputs.is_floating_point():
-            if inputs.dtype is torch.float64:  # what numpy makes of everything
+            if inputs.dtype is torch.float64:  # numpy's default
                 inputs = inputs.to(dtype)
             _check_finite(name, inputs)
         return (inputs, *data[1:])
-    rows_alone = isinstance(data, Tensor | SoftTargets | np.ndarray) or hasattr(data, "to_numpy")
-    if rows_alone or not (is_map(data) or hasattr(data, "__iter__")):
+    is_column = isinstance(data, Tensor | SoftTargets | np.ndarray) or hasattr(data, "to_numpy")
+    if is_column or not (is_map(data) or hasattr(data, "__iter__")):
         raise TypeError(
             f"{name} must be a tuple of tensors or arrays such as (inputs, targets, labels), a Dataset, or an iterable "
             f"of such batches; got {describe(data)}{_hint(data)}"
         )
     if is_map(data) and len(data) == 0:
         raise ValueError(f"{name} must hold at least one row, got an empty {type(data).__name__}")
-    return data
+    prepared: PreparedData = data
+    return prepared
 
 
-def row_count(data) -> int | None:
-    """Rows of data whose rows can be chosen; None for an iterable, which brings its own batches."""
-    if in_memory(data):
-        return len(data[0])
-    return len(data) if is_map(data) else None
+def row_count(data: PreparedData) -> int | None:
+    """The number of rows; None for an iterable, which brings its own batches."""
+    return _length(data) if is_columns(data) or is_map(data) else None
 
 
-def batches(data, batch_size, *, shuffle):
-    """``(rows, columns)`` of each batch; ``rows`` is None where an iterable decides."""
-    count = row_count(data)
-    if count is None:
+def _length(data: IndexedData) -> int:
+    return len(data[0]) if is_columns(data) else len(data)
+
+
+def iterate_batches(data: PreparedData, batch_size: int, *, shuffle: bool) -> Iterator[tuple[Rows | None, Any]]:
+    """Yield ``(rows, columns)`` for each batch; ``rows`` is None for an iterable, whose rows have no indices."""
+    if not (is_columns(data) or is_map(data)):
         for columns in data:
             yield None, columns
-    elif shuffle:
-        for rows in torch.randperm(count).split(batch_size):
-            yield rows, _take(data, rows)
+        return
+    count = _length(data)
+    if shuffle:
+        for chosen in torch.split(torch.randperm(count), batch_size):
+            yield chosen, _take(data, chosen)
     else:
         for start in range(0, count, batch_size):
             rows = slice(start, min(start + batch_size, count))
             yield rows, _take(data, rows)
 
 
-def batch_count(data, batch_size) -> int | None:
-    """How many batches an epoch has, where that is known."""
+def input_batches(inputs: Any, batch_size: int, dtype: torch.dtype) -> Iterable[Any]:
+    """The student's inputs in batches, for predict: of data with several columns, the first."""
+    if is_columns(inputs) and len(inputs) != 1:
+        raise TypeError(
+            f"inputs must be one tensor, a Dataset or an iterable of batches; got the tuple {describe(inputs)}: of "
+            "data for fit or evaluate, pass the first column"
+        )
+    is_column = isinstance(inputs, Tensor | np.ndarray) or hasattr(inputs, "to_numpy")
+    if isinstance(inputs, Tensor) and inputs.dim() and len(inputs) == 0:
+        return [inputs]
+    if not (is_column or is_map(inputs) or (hasattr(inputs, "__iter__") and not isinstance(inputs, str | dict))):
+        raise TypeError(
+            f"inputs must be a tensor, an array, a Dataset or an iterable of batches; got {describe(inputs)}"
+        )
+    data = prepare("inputs", (inputs,) if is_column else inputs, dtype)
+    batches = (columns for _, columns in iterate_batches(data, batch_size, shuffle=False))
+    return (columns[0] if isinstance(columns, tuple | list) else columns for columns in batches)
+
+
+def batch_count(data: PreparedData, batch_size: int) -> int | None:
+    """The number of batches in an epoch; None for an iterable without a length."""
     count = row_count(data)
     if count is not None:
         return math.ceil(count / batch_size)
     try:
-        return len(data)
-    except TypeError:  # an iterator, or a DataLoader over an iterable dataset
+        return len(data) if isinstance(data, Sized) else None
+    except TypeError:  # a DataLoader over an iterable dataset
         return None
 
 
-def _take(data, rows):
-    if in_memory(data):
+def _take(data: IndexedData, rows: Rows) -> Any:
+    if is_columns(data):
         return tuple(_rows_of(column, rows) for column in data)
     indices = range(rows.start, rows.stop) if isinstance(rows, slice) else rows.tolist()
     return default_collate([data[i] for i in indices])
 
 
-def _rows_of(column, rows):
+def _rows_of(column: Tensor | SoftTargets, rows: Rows) -> Tensor | SoftTargets:
     # index_select takes half the time of column[rows], which is 5 us for a batch of 64: a hundredth of a small step.
-    chosen = isinstance(column, Tensor) and isinstance(rows, Tensor)
-    return column.index_select(0, rows) if chosen else column[rows]
+    if isinstance(column, Tensor) and isinstance(rows, Tensor):
+        return column.index_select(0, rows)
+    return column[rows]
 
 
-def in_memory(data) -> bool:
-    """Whether data is a tuple of columns, not of batches."""
+def is_columns(data: object) -> "TypeIs[tuple[Tensor | SoftTargets, ...]]":
+    """Whether data is a tuple of columns in memory, rather than a tuple of batches."""
     return isinstance(data, tuple) and not (data and isinstance(data[0], tuple | list))
 
 
-def is_map(data) -> bool:
+def is_map(data: object) -> "TypeIs[SizedDataset]":
     """Whether data is a Dataset whose rows can be chosen."""
     return isinstance(data, Dataset) and not isinstance(data, IterableDataset) and hasattr(data, "__len__")
 
 
-def _as_tensor(column):
-    return torch.from_numpy(np.ascontiguousarray(column)) if _is_numeric(column) else column
+def _as_tensor(column: Any) -> Any:
+    """A numeric array as a tensor; anything else as it is, for the check that follows."""
+    is_numeric = isinstance(column, np.ndarray) and column.dtype.kind in "fiub"
+    return torch.from_numpy(np.ascontiguousarray(column)) if is_numeric else column
 
 
-def _is_numeric(column) -> bool:
-    return isinstance(column, np.ndarray) and column.dtype.kind in "fiub"
-
-
-def _check_columns(name, columns):
+def _check_columns(name: str, columns: tuple[Any, ...]) -> None:
     for i, column in enumerate(columns):
         if not isinstance(column, Tensor | SoftTargets) or len(column.shape) == 0:
             raise TypeError(
@@ -114,22 +166,22 @@ def _check_columns(name, columns):
         raise ValueError(f"{name} must hold columns of one length, got lengths {', '.join(map(str, lengths))}")
 
 
-def _hint(column) -> str:
-    """What to do with a column, or data, of another form."""
-    if hasattr(column, "to_numpy"):
+def _hint(value: object) -> str:
+    """How to convert a column, or data, that is not of an accepted form."""
+    if hasattr(value, "to_numpy"):
         return ": pass its .to_numpy()"
-    if isinstance(column, TeacherStore):
+    if isinstance(value, TeacherStore):
         return ": pass it to the Trainer, as teacher=store"
-    if isinstance(column, np.ndarray) and column.dtype.kind in "OUS":
-        return f" of dtype {column.dtype}: sklearn.preprocessing.LabelEncoder makes whole numbers of labels"
-    if isinstance(column, list):
+    if isinstance(value, np.ndarray) and value.dtype.kind in "OUS":
+        return f" of dtype {value.dtype}: sklearn.preprocessing.LabelEncoder makes whole numbers of labels"
+    if isinstance(value, list):
         return ": pass it as a tensor or an array"
     return ""
 
 
-def _check_finite(name, inputs):
+def _check_finite(name: str, inputs: Tensor) -> None:
     rows = inputs.reshape(len(inputs), -1)
-    if not torch.isfinite(rows.sum()):  # one pass; a sum that overflows is told from a NaN below
+    if not torch.isfinite(rows.sum()):  # one pass; a sum of finite numbers may overflow, so the rows are checked then
         bad = ~rows.isfinite().all(-1)
         if bad.any():
             row = int(bad.nonzero()[0])

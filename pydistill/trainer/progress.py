@@ -1,23 +1,58 @@
 """The progress bar of a training run."""
 
 import importlib.util
-import math
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from pydistill.trainer.history import EpochRecord
+
+# 80 columns hold all of it, and a bar of 5, up to 999 epochs and 99 hours left.
+_FORMAT = "{desc} |{bar}| {remaining} left{postfix}"
 
 
-def shown(record):
-    """The numbers beside the progress bar, without those that there are none of."""
-    train = record.train
-    shown = {"epoch": record.epoch, "loss": train.loss, "soft": train.soft_loss, "hard": train.hard_loss}
-    best = record.val or train
-    shown |= {"accuracy": best.accuracy, "agreement": best.agreement}
-    return {name: value for name, value in shown.items() if not math.isnan(value)}
+class ProgressBar:
+    """A line with the epochs done, the time left, and the scores of the latest epoch; ``bar`` None shows nothing."""
+
+    def __init__(self, bar: Any, epochs: int) -> None:
+        self._bar, self._epochs = bar, epochs
+
+    def start(self, epochs: int, batches: int) -> None:
+        """Set how much was done before: after a resume, the time left is estimated from later batches alone."""
+        if self._bar is not None:
+            self._bar.initial = self._bar.n = batches
+            self._bar.set_description_str(f"epoch {epochs}/{self._epochs}")
+
+    def advance(self, batches: int) -> None:
+        """Count batches as done."""
+        if self._bar is not None:
+            self._bar.update(batches)
+
+    def show(self, record: EpochRecord, batches: int) -> None:
+        """Show the scores of an epoch: the training loss; accuracy and agreement of the validation data, if any.
+
+        ``batches`` is the number of batches in the epoch, which is not known before for an iterable without a length.
+        """
+        if self._bar is None:
+            return
+        shares = record.val or record.train
+        numbers = {
+            "loss": f"{record.train.loss:.4g}",
+            "accuracy": f"{shares.accuracy:.3f}",
+            "agreement": f"{shares.agreement:.3f}",
+        }
+        self._bar.total = self._bar.n + (self._epochs - record.epoch) * batches
+        self._bar.set_description_str(f"epoch {record.epoch}/{self._epochs}", refresh=False)
+        self._bar.set_postfix_str(", ".join(f"{name}={x}" for name, x in numbers.items() if x != "nan"))
 
 
-def progress_bar(wanted, steps):
-    """tqdm's bar over the batches, or a context without one."""
+@contextmanager
+def progress_bar(wanted: bool, epochs: int, batches: int | None) -> Iterator[ProgressBar]:
+    """A bar over the batches of all epochs, if it is wanted and tqdm is installed; ``batches`` None: not known."""
     if not wanted or importlib.util.find_spec("tqdm") is None:
-        return nullcontext()
+        yield ProgressBar(None, epochs)
+        return
     from tqdm import tqdm
 
-    return tqdm(total=steps, desc="fit", unit="step")
+    with tqdm(total=batches, desc=f"epoch 0/{epochs}", bar_format=_FORMAT) as bar:
+        yield ProgressBar(bar, epochs)

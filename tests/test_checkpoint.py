@@ -75,7 +75,7 @@ def test_no_whole_checkpoint_is_an_error(tmp_path, data):
         path.write_bytes(content)
     with (
         pytest.warns(UserWarning, match="damaged"),
-        pytest.raises(ValueError, match="none of the 2 checkpoints .* is intact"),
+        pytest.raises(ValueError, match="none of the 2 checkpoints"),
     ):
         trainer_in(tmp_path).fit(data, epochs=3, resume=True)
 

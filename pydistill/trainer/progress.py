@@ -7,7 +7,7 @@ from typing import Any
 
 from pydistill.trainer.history import EpochRecord
 
-# 80 columns hold all of it, and a bar of 5, up to 999 epochs and 99 hours left.
+# A terminal of 80 columns holds the whole line, up to 999 epochs and 99 hours left.
 _FORMAT = "{desc} |{bar}| {remaining} left{postfix}"
 
 
@@ -37,7 +37,7 @@ class ProgressBar:
             return
         shares = record.val or record.train
         numbers = {
-            "loss": f"{record.train.loss:.4g}",
+            "loss": f"{record.train.loss:.3g}",
             "accuracy": f"{shares.accuracy:.3f}",
             "agreement": f"{shares.agreement:.3f}",
         }

@@ -44,8 +44,8 @@ def no_storage(name: str, tensor: Tensor) -> ValueError:
 
 
 def warn_caller(message: str, category: type[Warning] = UserWarning) -> None:
-    """Warn with the line that called the package, however many functions of the package and of torch.nn lie between."""
+    """Warn with the line that called the package, however many functions of the package and of torch lie between."""
     level, frame = 2, sys._getframe(1)  # level 1 is this function
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(("pydistill", "torch.nn")):
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(("pydistill", "torch.")):
         level, frame = level + 1, frame.f_back
     warnings.warn(message, category, stacklevel=level)

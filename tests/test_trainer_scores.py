@@ -327,11 +327,13 @@ def test_an_epoch_in_which_no_row_counts_says_so(rows, accumulate):
         (record,) = trainer.fit(nothing, epochs=1)
     assert all(map(math.isnan, record.train))
     assert torch.equal(weights(student), before)
-    with pytest.warns(UserWarning, match="data: no row counts"):
+    with pytest.warns(UserWarning, match="data: no row counts") as found:
         assert all(map(math.isnan, trainer.evaluate(nothing)))
+    assert found[0].filename == __file__
     with pytest.warns(UserWarning, match="val: no row counts") as found:
         trainer.fit((inputs, targets, labels), nothing, epochs=1)
     assert len(found) == 1  # not of the trial before the training
+    assert found[0].filename == __file__
 
 
 @pytest.mark.parametrize("columns", [2, 3])

@@ -7,7 +7,6 @@ used.
 import hashlib
 import json
 import re
-import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from pydistill._arguments import warn_caller
 from pydistill._files import form_problem, parse_json, safetensors_torch, unfinished_path, write_whole
 from pydistill.trainer.history import Scores
 from pydistill.trainer.totals import Totals
@@ -182,7 +182,7 @@ def _load_newest(folder: Folder) -> tuple[Path, State] | None:
         data = path.read_bytes()
         if hashlib.sha256(data).hexdigest()[:32] == _name_parts(path)[1]:
             return path, _decode_file(path, data)
-        warnings.warn(f"checkpoint {path} is damaged: its SHA-256 is not the one in its name", stacklevel=5)
+        warn_caller(f"checkpoint {path} is damaged: its SHA-256 is not the one in its name")
     if paths:
         raise ValueError(f"checkpoint_dir: none of the {len(paths)} checkpoints in {folder} is intact")
     return None

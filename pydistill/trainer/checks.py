@@ -3,7 +3,6 @@
 import inspect
 import math
 import os
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from copy import deepcopy
 from numbers import Integral, Real
@@ -15,7 +14,7 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CyclicLR, LRScheduler, OneCycleLR
 
-from pydistill._arguments import check_count
+from pydistill._arguments import check_count, warn_caller
 from pydistill._wording import describe
 from pydistill.functional import LossMetrics
 from pydistill.losses import DistillationLoss, LinearDistillationLoss
@@ -210,11 +209,9 @@ def check_horizon(scheduler: LRScheduler | None, epochs: int) -> None:
                 f"got {option}={length:g}. Give the steps in epochs, or train in a loop of your own that steps it "
                 "after each batch"
             )
-        warnings.warn(
+        warn_caller(
             f"scheduler: {name} is stepped once after each epoch, and with {option}={length:g} it will not be complete "
-            f"after {epochs} epochs. If {option} was meant in batches, give it in epochs",
-            UserWarning,
-            stacklevel=3,
+            f"after {epochs} epochs. If {option} was meant in batches, give it in epochs"
         )
 
 

@@ -2,7 +2,6 @@
 
 import math
 import time
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import islice
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from pydistill._arguments import check_count, check_flag
+from pydistill._arguments import check_count, check_flag, warn_caller
 from pydistill._torch_modules import count_parameters, float_dtype, mode
 from pydistill._wording import about, describe
 from pydistill.functional import LossMetrics
@@ -430,11 +429,9 @@ class Trainer:
         if totals.batches == 0:
             raise ValueError(no_batch(name, epoch))
         if not totals.counted and epoch > 0:
-            warnings.warn(
+            warn_caller(
                 f"{name}: no row counts: each has the label that is ignored or a sample weight of 0, so that the loss "
-                "is 0 and its mean nan",
-                UserWarning,
-                stacklevel=3,
+                "is 0 and its mean nan"
             )
         return totals.scores()
 

@@ -1,4 +1,4 @@
-"""What the Trainer shows: the progress bar and the plot of the history."""
+"""The Trainer's progress bar, and the plot of its history."""
 
 import math
 import os

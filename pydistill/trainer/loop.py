@@ -95,11 +95,11 @@ class Trainer:
     matrix, such as images and token ids, every element counts as a row, because layers that share parameters over
     positions do more work.
 
-    **Checkpoints** hold student, optimizer, scheduler, callbacks, options of the loss, history and torch's random
-    state. A run that was killed at any moment and is started again with ``resume=True`` ends with exactly the same
-    weights, provided that student and data take their random numbers from torch's generator on the CPU, and that
-    machine and number of threads are the same. A damaged file causes a warning, and the one before it is used. No
-    checkpoint is written of weights that are not finite.
+    **Checkpoints** hold student, optimizer, scheduler, callbacks, alpha and temperature of the loss, history and
+    torch's random state. A run that was killed at any moment and is started again with ``resume=True`` ends with
+    exactly the same weights, provided that student and data take their random numbers from torch's generator on the
+    CPU, and that machine and number of threads are the same. A damaged file causes a warning, and the one before it
+    is used. No checkpoint is written of weights that are not finite.
 
     Args:
         student: a module that maps inputs to logits ``(..., C)``.
@@ -127,9 +127,9 @@ class Trainer:
             ``num_items`` of the loss, if set, stays the denominator of the whole step.
         clip_norm: gradients are scaled down so that the norm over all parameters is at most this; None: no limit.
         autocast: torch.bfloat16 runs the student's forward under ``torch.autocast``; the loss stays in float32.
-        seed: an integer in [0, 2**64). Every ``fit`` then shuffles, drops out and iterates over DataLoaders in exactly
-            the same way, and torch's global random state is restored afterwards. The student's initial weights do
-            not depend on it. None: torch's global random state is used.
+        seed: an integer in [0, 2**64). Every ``fit`` then uses the same random numbers, for shuffling, dropout and
+            DataLoaders, and torch's global random state is restored afterwards. The student's initial weights do not
+            depend on it. None: torch's global random state is used.
         progress: show a progress bar, if tqdm is installed: epochs done, time left, and of the latest epoch the
             training loss and the accuracy and agreement (on the validation data, if there are any).
         checkpoint_dir: a folder for checkpoints, created if needed; the two newest are kept.

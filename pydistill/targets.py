@@ -1,30 +1,41 @@
-"""The forms in which a teacher can be given."""
+"""Soft targets: a teacher's outputs in each form that the loss accepts."""
 
 import math
-from collections.abc import Mapping
+import reprlib
+from collections.abc import Iterable, Mapping, Sequence
 from numbers import Integral, Real
+from typing import Any, Literal, Self, SupportsIndex, TypeAlias, get_args
 
 import torch
+from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from pydistill._arguments import lost_storage, no_storage
+from pydistill._arguments import check_flag, check_integer, lost_storage, no_storage
 
-_SUM_TOLERANCE = {torch.float16: 1e-2, torch.bfloat16: 1e-2}
+Tail: TypeAlias = Literal["renormalize", "bucket"]
+RowIndex: TypeAlias = SupportsIndex | slice | Tensor | NDArray[Any] | Sequence[int] | tuple[Any, ...]
+
+SUM_TOLERANCE = 1e-3  # of probabilities that sum to 1; csrc/evaluate.cpp has the same number
+_HALF_SUM_TOLERANCE = 1e-2
+PROBABILITIES_TAKEN_AS_LOGITS = (
+    "teacher looks like probabilities (its first row is >= 0 and sums to 1), but a plain tensor is taken as logits. "
+    "Use pydistill.SoftTargets.from_probs(probabilities), or remove the softmax from the teacher"
+)
 
 
 class SoftTargets:
-    """A teacher's outputs, ready for :func:`pydistill.distillation_loss`, in any of the forms teachers give them.
+    """A teacher's outputs for :func:`pydistill.distillation_loss`: logits, probabilities, or the k largest logits.
 
-    Make one with :meth:`from_logits`, :meth:`from_probs`, :meth:`from_log_probs`, :meth:`from_topk` or
-    :func:`pydistill.top_k`. All of them end as logits, since the softmax of ``log(p) / T`` is ``p**(1/T)``
-    renormalised: the teacher's distribution at temperature T. A probability of exactly 0 becomes a logit of -inf.
+    Use :meth:`from_logits`, :meth:`from_probs`, :meth:`from_log_probs`, :meth:`from_topk` or :func:`pydistill.top_k`
+    to make one. Every form is stored as logits: the softmax of ``log(p) / T`` is ``p**(1/T)``, renormalised, which is
+    the teacher's distribution at temperature T. A probability of exactly 0 becomes a logit of -inf.
 
     Attributes:
-        logits: tensor ``(..., C)``, or ``(..., k)`` for a top-k teacher; detached.
-        indices: the classes of a top-k teacher's logits, int64 ``(..., k)``; else None.
+        logits: tensor ``(..., C)``, or ``(..., k)`` for top-k targets; detached.
+        indices: the classes of the k logits, int64 ``(..., k)``; None unless the targets are top-k targets.
         log_partitions: ``{temperature: log-sum-exp of all the logits / temperature}``, float64 ``(...)``.
-        tail: what a top-k teacher's other classes are: "renormalize" or "bucket".
-        has_zeros: whether these were probabilities, some of them exactly 0.
+        tail: how top-k targets treat the classes outside the k, "renormalize" or "bucket"; else None.
+        has_zeros: True if the targets were given as (log-)probabilities and some probability is exactly 0.
 
     Example:
         >>> import torch, pydistill
@@ -38,76 +49,98 @@ class SoftTargets:
 
     __slots__ = ("_classes", "has_zeros", "indices", "log_partitions", "logits", "tail")
 
-    def __init__(self, logits, *, indices=None, classes=None, log_partitions=None, tail=None, zeros=False):
+    logits: Tensor
+    indices: Tensor | None
+    log_partitions: dict[float, Tensor]
+    tail: Tail | None
+    has_zeros: bool
+    _classes: int | None
+
+    def __init__(
+        self,
+        logits: Tensor,
+        *,
+        indices: Tensor | None = None,
+        classes: int | None = None,
+        log_partitions: dict[float, Tensor] | None = None,
+        tail: Tail | None = None,
+        zeros: bool = False,
+    ) -> None:
         """Use one of the ``from_*`` constructors."""
         self.logits, self.indices, self.log_partitions, self.tail = logits, indices, log_partitions or {}, tail
         self._classes, self.has_zeros = classes, zeros
 
     @classmethod
-    def from_logits(cls, logits) -> "SoftTargets":
-        """From logits ``(..., C)`` of any floating dtype; kept as they are, without a copy.
+    def from_logits(cls, logits: Tensor | ArrayLike) -> Self:
+        """Make targets from logits ``(..., C)`` of any floating-point dtype. They are not copied.
 
         Raises:
-            TypeError: not a floating-point tensor or array.
-            ValueError: a scalar, which has no class dimension.
+            TypeError: if ``logits`` is not a floating-point tensor or array.
+            ValueError: if ``logits`` is a scalar, which has no class dimension.
         """
         return cls(_as_float_tensor(logits, "logits").detach())
 
     @classmethod
-    def from_probs(cls, probs, validate: bool = True) -> "SoftTargets":
-        """From probabilities ``(..., C)``, as scikit-learn's ``predict_proba`` gives them; zeros are allowed.
+    def from_probs(cls, probs: Tensor | ArrayLike, validate: bool = True) -> Self:
+        """Make targets from probabilities ``(..., C)``, such as scikit-learn's ``predict_proba``. Zeros are allowed.
 
         Args:
-            probs: tensor or array. Stored as log-probabilities: one new buffer of its size, in float32 for half types.
-            validate: check here, once, that every entry is >= 0 and every row sums to 1 within 1e-3 (1e-2 for half
-                types). Turn it off only for data that was checked before.
+            probs: tensor or array. Log-probabilities are stored: one new buffer of its size, in float32 for half types.
+            validate: check once, here, that every entry is >= 0 and that every row sums to 1 within 1e-3 (1e-2 for half
+                types). Turn this off only for data that have been checked already.
 
         Raises:
-            ValueError: a row with a negative entry or a wrong sum; the message names the row and its sum.
-            TypeError: not a floating-point tensor or array.
+            ValueError: if a row has a negative entry or a wrong sum; the message names the row and its sum.
+            TypeError: if ``probs`` is not a floating-point tensor or array.
         """
         probs = _as_float_tensor(probs, "probs").detach()
-        if validate is not True and validate is not False:
-            raise TypeError(f"validate must be True or False, got {validate!r}")
-        if validate:
+        if check_flag("validate", validate):
             _check_probs(probs)
         wide = probs if probs.dtype in (torch.float32, torch.float64) else probs.float()
         return cls(wide.log(), zeros=bool((wide == 0).any()))
 
     @classmethod
-    def from_log_probs(cls, log_probs) -> "SoftTargets":
-        """From log-probabilities ``(..., C)``, as ``log_softmax`` or ``predict_log_proba`` give them; -inf is allowed.
+    def from_log_probs(cls, log_probs: Tensor | ArrayLike) -> Self:
+        """Make targets from log-probabilities ``(..., C)``, such as ``predict_log_proba``. Entries may be -inf.
 
-        A constant added to a row changes nothing: the rows are normalised at the temperature in use. Only mse sees it:
-        it compares the student's logits with these numbers as they are.
+        Adding a constant to a row changes nothing, because the rows are normalised at the temperature of the loss. The
+        exception is mse, which compares the student's logits with these numbers as they are.
 
         Raises:
-            TypeError: not a floating-point tensor or array.
-            ValueError: a scalar, which has no class dimension.
+            TypeError: if ``log_probs`` is not a floating-point tensor or array.
+            ValueError: if ``log_probs`` is a scalar, which has no class dimension.
         """
         log_probs = _as_float_tensor(log_probs, "log_probs").detach()
         return cls(log_probs, zeros=bool((log_probs == -math.inf).any()))
 
     @classmethod
-    def from_topk(cls, indices, logits, num_classes, *, log_partitions=None, tail="renormalize") -> "SoftTargets":
-        """From the k largest logits of each row, as a cache of a language model's outputs holds them.
+    def from_topk(
+        cls,
+        indices: Tensor | ArrayLike,
+        logits: Tensor | ArrayLike,
+        num_classes: int,
+        *,
+        log_partitions: Mapping[float, Tensor | ArrayLike] | None = None,
+        tail: Tail = "renormalize",
+    ) -> Self:
+        """Make targets from the k largest logits of each row, as in a cache of a language model's outputs.
 
         Args:
-            indices: the classes, int64 or int32 ``(..., k)``, in any order, none twice in a row.
-            logits: their logits ``(..., k)``, of any floating dtype.
-            num_classes: C, the number of classes that there are.
+            indices: the classes, int64 or int32 ``(..., k)``, in any order, each at most once in a row.
+            logits: the logits of these classes ``(..., k)``, of any floating-point dtype.
+            num_classes: C, the number of all classes.
             log_partitions: ``{temperature: tensor (...)}``, the log-sum-exp of *all* the logits / temperature.
-            tail: what the other classes are. "renormalize": nothing, the k classes are the teacher's whole
-                distribution. "bucket": one more outcome, which holds the rest of the mass, for teacher and student
-                alike; it needs the log-partition at the temperature of the loss.
+            tail: how the classes outside the k are treated. "renormalize": they have probability 0, and the k classes
+                are the teacher's whole distribution. "bucket": they form one more outcome, which holds the remaining
+                probability of teacher and student alike; this needs the log-partition at the temperature of the loss.
 
         Raises:
-            ValueError: shapes that disagree, a class outside [0, C) or twice in a row, an unknown tail, a log-partition
-                that is less than the log-sum-exp of the row's k logits.
-            TypeError: indices or num_classes that are no integers, logits that are no floating-point numbers.
+            ValueError: if shapes disagree, a class is outside [0, C) or occurs twice in a row, ``tail`` is unknown, or
+                a log-partition is less than the log-sum-exp of the row's k logits.
+            TypeError: if ``indices`` or ``num_classes`` are not integers, or ``logits`` are not floating-point numbers.
         """
         logits = _as_float_tensor(logits, "logits").detach()
-        num_classes = _whole_number("num_classes", num_classes)
+        num_classes = check_integer("num_classes", num_classes)
         indices = _as_tensor(indices, "indices")
         if indices.dtype not in (torch.int64, torch.int32):
             raise TypeError(f"indices must be int64 or int32, got {indices.dtype}")
@@ -116,11 +149,10 @@ class SoftTargets:
                 f"indices and logits must have one shape (..., k) with k >= 1, got indices {tuple(indices.shape)} and "
                 f"logits {tuple(logits.shape)}"
             )
-        if tail not in ("renormalize", "bucket"):
-            raise ValueError(f'tail must be "renormalize" or "bucket", got {tail!r}')
+        check_tail(tail)
         if indices.device != logits.device:
             raise ValueError(f"indices and logits must be on one device, got {indices.device} and {logits.device}")
-        indices, order = indices.long().sort(-1)  # ascending, as the kernels walk a row
+        indices, order = indices.long().sort(-1)  # the kernels need ascending classes
         logits = logits.gather(-1, order)
         _check_indices(indices, num_classes)
         if log_partitions is not None and not isinstance(log_partitions, Mapping):
@@ -131,16 +163,19 @@ class SoftTargets:
         partitions = dict(_as_partition(t, x, logits) for t, x in (log_partitions or {}).items())
         return cls(logits, indices=indices, classes=num_classes, log_partitions=partitions, tail=tail)
 
-    def select_classes(self, classes) -> "SoftTargets":
-        """The targets over some of the classes, renormalised: for a teacher whose vocabulary is padded or larger.
+    def select_classes(self, classes: int | Tensor | ArrayLike) -> Self:
+        """Keep some of the classes and renormalise, for a teacher whose vocabulary is padded or larger.
 
-        Padding the student with zeros instead would give it mass on classes that do not exist.
+        Padding the student with zeros instead would give probability to classes that do not exist.
 
         Args:
-            classes: a number, for the first so many, or a tensor or array of class indices in the student's order.
+            classes: a number n, which keeps the first n classes, or a 1-D tensor or array of class indices in the
+                student's order.
 
         Raises:
-            ValueError: more classes than there are; top-k targets, which must be selected before the top k are taken.
+            ValueError: if there are fewer classes, a class is given twice, or the targets are top-k targets, whose
+                other classes are lost: select the classes before taking the top k.
+            TypeError: if ``classes`` is neither an integer nor a 1-D tensor or array of integers.
 
         Example:
             >>> import torch, pydistill
@@ -152,40 +187,36 @@ class SoftTargets:
             raise ValueError("select_classes: top-k targets have lost the other classes; select first, then take top_k")
         have = self.logits.shape[-1]
         if isinstance(classes, Integral):
-            classes = _whole_number("classes", classes)
-            if not 0 < classes <= have:
-                raise ValueError(f"classes must be in [1, {have}], the number that the targets have; got {classes}")
-            logits = self.logits[..., :classes]
-        else:
-            classes = _as_tensor(classes, "classes")
-            if classes.dtype not in (torch.int64, torch.int32) or classes.dim() != 1:
-                raise TypeError(
-                    f"classes must be a number or a 1-D tensor of indices, got {classes.dtype} {classes.dim()}-D"
-                )
-            outside = (classes < 0) | (classes >= have)
-            if outside.any() or len(classes.unique()) < len(classes) or not len(classes):
-                rule = f"be in [0, {have})" if outside.any() else "be at least one, and none twice"
-                raise ValueError(f"classes must {rule}; got {classes.tolist()[:20]}")
-            logits = self.logits[..., classes]
-        return type(self)(logits, zeros=self.has_zeros)
+            count = check_integer("classes", classes)
+            if not 0 < count <= have:
+                raise ValueError(f"classes must be in [1, {have}], since the targets have {have} classes; got {count}")
+            return type(self)(self.logits[..., :count], zeros=self.has_zeros)
+        form = "an integer, or a 1-D tensor or array of class indices"
+        chosen = _as_tensor(classes, "classes", form)
+        if chosen.dtype not in (torch.int64, torch.int32) or chosen.dim() != 1:
+            raise TypeError(f"classes must be {form}; got {chosen.dtype} {chosen.dim()}-D")
+        outside = (chosen < 0) | (chosen >= have)
+        if outside.any() or len(set(chosen.tolist())) < len(chosen) or not len(chosen):
+            rule = f"be in [0, {have})" if outside.any() else "hold at least one class, and none twice"
+            raise ValueError(f"classes must {rule}; got {reprlib.repr(chosen.tolist())}")
+        return type(self)(self.logits[..., chosen], zeros=self.has_zeros)
 
     @property
     def shape(self) -> torch.Size:
-        """Shape of the targets, classes last; for a top-k teacher all classes count."""
-        if self.indices is None:
-            return self.logits.shape
-        return torch.Size((*self.logits.shape[:-1], self._classes))
+        """Shape of the targets, classes last; top-k targets count all C classes, not k."""
+        return self.logits.shape if self._classes is None else torch.Size((*self.logits.shape[:-1], self._classes))
 
     def __len__(self) -> int:
         return len(self.logits)
 
-    def __getitem__(self, rows) -> "SoftTargets":
+    def __getitem__(self, rows: RowIndex) -> Self:
         """The targets of some rows: an index, a slice, a mask, or a tensor or array of indices, as in torch."""
+        index: Any = rows  # torch takes arrays as indices; its annotations lack them
         return type(self)(
-            self.logits[rows],
-            indices=None if self.indices is None else self.indices[rows],
+            self.logits[index],
+            indices=None if self.indices is None else self.indices[index],
             classes=self._classes,
-            log_partitions={t: x[rows] for t, x in self.log_partitions.items()},
+            log_partitions={t: x[index] for t, x in self.log_partitions.items()},
             tail=self.tail,
             zeros=self.has_zeros,
         )
@@ -195,13 +226,19 @@ class SoftTargets:
         return f"SoftTargets(shape={tuple(self.shape)}, dtype={self.logits.dtype}{top})"
 
 
-def top_k(teacher_logits, k, temperatures=(1.0,), *, tail="renormalize") -> SoftTargets:
-    """The k largest logits of each row as :class:`SoftTargets`: a teacher's output in k / C of its memory.
+def top_k(
+    teacher_logits: Tensor | ArrayLike,
+    k: int,
+    temperatures: Iterable[float] = (1.0,),
+    *,
+    tail: Tail = "renormalize",
+) -> SoftTargets:
+    """Keep the k largest logits of each row as :class:`SoftTargets`, in k / C of the memory of all logits.
 
     Args:
-        teacher_logits: ``(..., C)``, of any floating dtype.
-        k: how many to keep, at most C.
-        temperatures: those at which log-partitions are stored, for ``tail="bucket"``.
+        teacher_logits: ``(..., C)``, of any floating-point dtype.
+        k: how many logits of each row to keep, at most C.
+        temperatures: the temperatures at which log-partitions are stored, for ``tail="bucket"``.
         tail: as in :meth:`SoftTargets.from_topk`.
 
     Example:
@@ -213,64 +250,86 @@ def top_k(teacher_logits, k, temperatures=(1.0,), *, tail="renormalize") -> Soft
         >>> pydistill.distillation_loss(student_logits, teacher, alpha=1.0, temperature=2.0).backward()
     """
     logits = _as_float_tensor(teacher_logits, "teacher_logits").detach()
-    k = _whole_number("k", k)
+    k = check_integer("k", k)
     if not 0 < k <= logits.shape[-1]:
-        raise ValueError(f"k must be a whole number in [1, {logits.shape[-1]}], the number of classes; got {k!r}")
-    indices = logits.topk(k, dim=-1, sorted=False).indices.sort(-1).values
-    values = logits.gather(-1, indices)  # in the order of the classes, which is the kernel's
+        raise ValueError(f"k must be an integer in [1, {logits.shape[-1]}], the number of classes; got {k!r}")
+    indices = logits.topk(k, dim=-1, sorted=False).indices.sort(-1).values  # the kernels need ascending classes
+    values = logits.gather(-1, indices)
     if isinstance(temperatures, Real | Tensor):
         raise TypeError(f"temperatures must be a sequence of numbers, such as (1.0, 2.0); got {temperatures!r}")
     partitions = {float(t): _log_partition(logits, t) for t in temperatures}
-    if tail not in ("renormalize", "bucket"):
-        raise ValueError(f'tail must be "renormalize" or "bucket", got {tail!r}')
+    check_tail(tail)
     return SoftTargets(values, indices=indices, classes=logits.shape[-1], log_partitions=partitions, tail=tail)
 
 
-def _log_partition(logits, temperature):
-    """Log-sum-exp of logits / temperature in float64: what the top k lack of it may be little."""
+def check_tail(tail: str) -> None:
+    """Check the treatment of the classes outside a teacher's top k."""
+    if tail not in get_args(Tail):
+        raise ValueError(f'tail must be "renormalize" or "bucket", got {tail!r}')
+
+
+def looks_like_probabilities(logits: Tensor) -> bool:
+    """Whether tensor ``(..., C)``, which is taken as logits, was probably meant as probabilities.
+
+    That is so if its first row is >= 0 and sums to 1 within ``SUM_TOLERANCE``. The logit of a single class may well be
+    1, so C = 1 never looks like probabilities.
+    """
+    if logits.numel() == 0 or logits.shape[-1] == 1:
+        return False
+    row = logits.reshape(-1, logits.shape[-1])[0]
+    return bool((row >= 0).all()) and abs(float(row.sum(dtype=torch.float64)) - 1) <= SUM_TOLERANCE
+
+
+def _log_partition(logits: Tensor, temperature: object) -> Tensor:
+    """Log-sum-exp of logits / temperature. In float64, because the mass outside the top k may be tiny."""
     if not isinstance(temperature, Real) or isinstance(temperature, bool):
         raise TypeError(f"temperatures must be numbers, got {temperature!r}")
-    if not 0 < temperature < math.inf:
+    value = float(temperature)
+    if not 0 < value < math.inf:
         raise ValueError(f"temperatures must be positive and finite, got {temperature!r}")
     rows = logits.reshape(-1, logits.shape[-1])
-    step = max(1, (1 << 20) // rows.shape[-1])  # in float64, a few megabytes at a time
-    parts = [(part.double() / temperature).logsumexp(-1) for part in rows.split(step)]
+    step = max(1, (1 << 20) // rows.shape[-1])  # a float64 copy of a few megabytes at a time
+    parts = [(part.double() / value).logsumexp(-1) for part in torch.split(rows, step)]
     return torch.cat(parts).reshape(logits.shape[:-1])
 
 
-def _as_partition(temperature, values, logits):
+def _as_partition(temperature: object, values: Tensor | ArrayLike, logits: Tensor) -> tuple[float, Tensor]:
+    """A temperature and its log-partitions in float64, checked against the top-k logits."""
     if not isinstance(temperature, Real) or isinstance(temperature, bool):
-        raise TypeError(f"log_partitions must be keyed by temperatures, numbers; got {temperature!r}")
-    if not 0 < temperature < math.inf:
-        raise ValueError(f"log_partitions must be keyed by temperatures > 0 and finite, got {temperature!r}")
-    values = _as_tensor(values, "log_partitions")
-    if not values.is_floating_point():
-        raise TypeError(f"log_partitions must be floating-point, got dtype {values.dtype}")
-    if values.shape != logits.shape[:-1]:
+        raise TypeError(f"log_partitions must have temperatures, which are numbers, as keys; got {temperature!r}")
+    key = float(temperature)
+    if not 0 < key < math.inf:
+        raise ValueError(f"log_partitions must have temperatures > 0 and finite as keys, got {temperature!r}")
+    given = _as_tensor(values, "log_partitions")
+    if not given.is_floating_point():
+        raise TypeError(f"log_partitions must be floating-point, got dtype {given.dtype}")
+    if given.shape != logits.shape[:-1]:
         raise ValueError(
-            f"log_partitions must have the shape of logits without its last dimension, got {tuple(values.shape)} at "
-            f"temperature {temperature:g} and logits {tuple(logits.shape)}"
+            f"log_partitions must have the shape of logits without its last dimension, got {tuple(given.shape)} at "
+            f"temperature {key:g} and logits {tuple(logits.shape)}"
         )
-    values_dtype, values = values.dtype, values.detach().double()
-    # Both may have been rounded, at the size of the logits: to the logits' dtype, or the log-partition to its own.
-    kept = (logits.double() / temperature).logsumexp(-1)
-    precision = max(torch.finfo(logits.dtype).eps, torch.finfo(values_dtype).eps)
-    slack = 1e-3 + 2 * precision * (logits.double().abs().amax(-1) / temperature)
-    below = (values < kept - slack).reshape(-1)
+    partitions = given.detach().double()
+    # The logits and the log-partition may each have been rounded to its own dtype; both have the size of the logits.
+    kept = (logits.double() / key).logsumexp(-1)
+    precision = max(torch.finfo(logits.dtype).eps, torch.finfo(given.dtype).eps)
+    slack = 1e-3 + 2 * precision * (logits.double().abs().amax(-1) / key)
+    below = (partitions < kept - slack).reshape(-1)
     if below.any():
         row = int(below.nonzero()[0])
         raise ValueError(
-            f"log_partitions must be at least the log-sum-exp of the row's logits / temperature, a part of theirs; at "
-            f"temperature {temperature:g} row {row} holds {float(values.reshape(-1)[row]):.6g}, less than "
-            f"{float(kept.reshape(-1)[row]):.6g}"
+            "log_partitions must be at least the log-sum-exp of the row's k logits / temperature, since these logits "
+            f"are some of all; at temperature {key:g} row {row} holds {float(partitions.reshape(-1)[row]):.6g}, which "
+            f"is less than {float(kept.reshape(-1)[row]):.6g}"
         )
-    return float(temperature), values
+    return key, partitions
 
 
-def _check_indices(indices, num_classes):
+def _check_indices(indices: Tensor, num_classes: int) -> None:
     rows = indices.reshape(-1, indices.shape[-1])
     if indices.shape[-1] > num_classes:
-        raise ValueError(f"indices has {indices.shape[-1]} classes per row, of {num_classes} that there are")
+        raise ValueError(
+            f"indices must have at most num_classes = {num_classes} classes per row, got {indices.shape[-1]}"
+        )
     outside = ((rows < 0) | (rows >= num_classes)).any(-1)
     twice = (rows[:, 1:] == rows[:, :-1]).any(-1)
     if (outside | twice).any():
@@ -279,32 +338,17 @@ def _check_indices(indices, num_classes):
         raise ValueError(f"indices must {rule}; row {row} holds {rows[row].tolist()}")
 
 
-def _whole_number(name, value) -> int:
-    if isinstance(value, bool) or not isinstance(value, Integral):
-        raise TypeError(f"{name} must be a whole number, got {value!r}")
-    return int(value)
-
-
-def _as_tensor(values, name) -> Tensor:
+def _as_tensor(values: Tensor | ArrayLike, name: str, form: str = "a tensor or an array of numbers") -> Tensor:
     if isinstance(values, Tensor):
         return values
     try:
         return torch.as_tensor(values)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise TypeError(
-            f"{name} must be a tensor or an array of numbers, got {type(values).__name__}: {error}"
-        ) from error
+        raise TypeError(f"{name} must be {form}; got {reprlib.repr(values)}: {error}") from error
 
 
-def _has_address(tensor) -> bool:
-    try:
-        tensor.data_ptr()
-    except RuntimeError:  # inside a functorch transform
-        return False
-    return True
-
-
-def _as_float_tensor(values, name) -> Tensor:
+def _as_float_tensor(values: Tensor | ArrayLike, name: str) -> Tensor:
+    """A dense floating-point tensor with a class dimension."""
     tensor = _as_tensor(values, name)
     if not tensor.is_floating_point():
         raise TypeError(f"{name} must be floating-point, got dtype {tensor.dtype}")
@@ -317,10 +361,18 @@ def _as_float_tensor(values, name) -> Tensor:
     return tensor
 
 
-def _check_probs(probs):
+def _has_address(tensor: Tensor) -> bool:
+    try:
+        tensor.data_ptr()
+    except RuntimeError:  # inside a functorch transform
+        return False
+    return True
+
+
+def _check_probs(probs: Tensor) -> None:
     if probs.numel() == 0:
         return
-    tolerance = _SUM_TOLERANCE.get(probs.dtype, 1e-3)
+    tolerance = _HALF_SUM_TOLERANCE if probs.dtype in (torch.float16, torch.bfloat16) else SUM_TOLERANCE
     rows = probs.reshape(-1, probs.shape[-1])
     sums = rows.sum(-1, dtype=torch.float64)
     bad = ~((sums - 1).abs() <= tolerance) | ~(rows >= 0).all(-1)

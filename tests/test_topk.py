@@ -223,11 +223,11 @@ class TestRefused:
             SoftTargets.from_topk(torch.zeros(1, 3, dtype=torch.long), torch.zeros(1, 2), 5)
         with pytest.raises(ValueError, match="tail must be"):
             SoftTargets.from_topk(torch.tensor([[0, 1]]), torch.zeros(1, 2), 5, tail="drop")
-        with pytest.raises(ValueError, match="of 1 that there are"):
+        with pytest.raises(ValueError, match="at most num_classes = 1 classes per row, got 2"):
             SoftTargets.from_topk(torch.tensor([[0, 1]]), torch.zeros(1, 2), 1)
         with pytest.raises(ValueError, match="log_partitions must have the shape"):
             SoftTargets.from_topk(torch.tensor([[0, 1]]), torch.zeros(1, 2), 5, log_partitions={1.0: torch.zeros(2)})
-        with pytest.raises(ValueError, match="k must be a whole number"):
+        with pytest.raises(ValueError, match="k must be an integer in"):
             pydistill.top_k(torch.zeros(2, 5), 6)
 
     @pytest.mark.parametrize("divergence", ["reverse_kl", "mse", "dkd"])
@@ -273,7 +273,7 @@ class TestVocabulary:
         for classes in ([1, 1], [-1], [10], []):
             with pytest.raises(ValueError, match="classes must"):
                 targets.select_classes(torch.tensor(classes, dtype=torch.long))
-        with pytest.raises(TypeError, match="classes must be a number or a 1-D tensor"):
+        with pytest.raises(TypeError, match="classes must be an integer, or a 1-D tensor or array"):
             targets.select_classes(torch.ones(10, dtype=torch.bool))
         with pytest.raises(ValueError, match=r"in \[1, 10\]"):
             targets.select_classes(11)
@@ -284,12 +284,16 @@ class TestVocabulary:
 @pytest.mark.parametrize(
     ("exception", "words", "change"),
     [
-        (TypeError, "num_classes must be a whole number, got 5.5", {"num_classes": 5.5}),
-        (TypeError, "num_classes must be a whole number, got '5'", {"num_classes": "5"}),
-        (TypeError, "num_classes must be a whole number, got True", {"num_classes": True}),
+        (TypeError, "num_classes must be an integer, got 5.5", {"num_classes": 5.5}),
+        (TypeError, "num_classes must be an integer, got '5'", {"num_classes": "5"}),
+        (TypeError, "num_classes must be an integer, got True", {"num_classes": True}),
         (TypeError, r"log_partitions must be a dict .* got Tensor", {"log_partitions": torch.ones(1)}),
-        (TypeError, "log_partitions must be keyed by temperatures, numbers; got 'a'", {"log_partitions": {"a": [3.0]}}),
-        (ValueError, "keyed by temperatures > 0 and finite, got inf", {"log_partitions": {math.inf: [3.0]}}),
+        (
+            TypeError,
+            "log_partitions must have temperatures, which are numbers, as keys; got 'a'",
+            {"log_partitions": {"a": [3.0]}},
+        ),
+        (ValueError, "temperatures > 0 and finite as keys, got inf", {"log_partitions": {math.inf: [3.0]}}),
         (TypeError, "log_partitions must be a tensor or an array", {"log_partitions": {1.0: "x"}}),
         (TypeError, "log_partitions must be floating-point", {"log_partitions": {1.0: [3]}}),
         (TypeError, "indices must be a tensor or an array", {"indices": "ab"}),
@@ -323,7 +327,7 @@ def test_log_partition_below_that_of_the_kept_logits(dtype):
 def test_top_k_refuses():
     logits = torch.randn(2, 5)
     for k in (True, 2.0, "2", None):
-        with pytest.raises(TypeError, match=f"k must be a whole number, got {k!r}"):
+        with pytest.raises(TypeError, match=f"k must be an integer, got {k!r}"):
             pydistill.top_k(logits, k)
     for temperatures in (1.0, torch.tensor(1.0)):
         with pytest.raises(TypeError, match=r"temperatures must be a sequence of numbers, such as \(1.0, 2.0\)"):
@@ -334,9 +338,15 @@ def test_top_k_refuses():
 
 def test_select_classes_refuses():
     targets = SoftTargets.from_logits(torch.randn(2, 5))
-    with pytest.raises(TypeError, match="classes must be a whole number, got True"):
+    with pytest.raises(TypeError, match="classes must be an integer, got True"):
         targets.select_classes(True)
-    for classes in (None, "ab", 2.5, torch.tensor(2.0)):
-        with pytest.raises(TypeError, match="classes must be"):
+    rule = "classes must be an integer, or a 1-D tensor or array of class indices; got "
+    for classes, got in (
+        (None, "None"),
+        ("ab", "'ab'"),
+        (2.5, "torch.float32 0-D"),
+        (torch.tensor(2), "torch.int64 0-D"),
+    ):
+        with pytest.raises(TypeError, match=rule + got):
             targets.select_classes(classes)
     assert targets.select_classes(np.int64(3)).shape == (2, 3)

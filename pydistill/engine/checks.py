@@ -11,7 +11,7 @@ from pydistill.engine.batch import TENSORS, Batch
 from pydistill.engine.options import Options
 from pydistill.engine.torch_private import is_dtensor, loss_parallel_is_active
 from pydistill.formulas import DIVERGENCES
-from pydistill.targets import SoftTargets
+from pydistill.targets import PROBABILITIES_TAKEN_AS_LOGITS, SoftTargets, looks_like_probabilities
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _SOFT_LABELS = (
@@ -217,19 +217,13 @@ def warn_of_probabilities() -> None:
     global _probability_warning_given
     if not _probability_warning_given:
         _probability_warning_given = True
-        warn_caller(
-            "teacher looks like probabilities (its first row is >= 0 and sums to 1), but a plain tensor is taken as "
-            "logits. Use pydistill.SoftTargets.from_probs(teacher)"
-        )
+        warn_caller(PROBABILITIES_TAKEN_AS_LOGITS)
 
 
 def sums_to_one(batch: Batch) -> bool:
-    """Whether the teacher's first row is >= 0 and sums to 1. A single class, whose logit may be 1, tells nothing."""
+    """Whether the teacher has logits of all classes that look like probabilities."""
     teacher = batch.teacher
-    if teacher is None or batch.teacher_indices is not None or teacher.numel() == 0 or teacher.shape[-1] == 1:
-        return False
-    row = teacher.detach().reshape(-1, teacher.shape[-1])[0]
-    return bool((row >= 0).all()) and abs(float(row.sum(dtype=torch.float64)) - 1) <= 1e-3
+    return teacher is not None and batch.teacher_indices is None and looks_like_probabilities(teacher.detach())
 
 
 def check_storage(batch: Batch) -> None:

@@ -16,11 +16,11 @@ from pydistill.targets import SoftTargets
 from pydistill.teachers.estimators import (
     check_classifier,
     fit_weighted,
-    for_labels,
     frozen_part,
     other_classes,
     usable_weight,
 )
+from pydistill.teachers.label_codes import for_labels
 from pydistill.teachers.outputs import counted_folds, soft_targets, teacher_outputs
 from pydistill.trainer.checks import check_lone_row
 from pydistill.trainer.loop import Trainer

@@ -343,7 +343,7 @@ class TestSampleWeight:
             Witness.met = []
             quick(asked, epochs=1).fit(X, y, sample_weight=weight)
             assert Witness.met == [True] * 4
-            with pytest.raises(UserWarning, match=r"sample_weight cannot reach teacher: Pipeline\.fit takes none"):
+            with pytest.raises(UserWarning, match=r"sample_weight cannot reach teacher: Pipeline\.fit does not pass"):
                 quick(make_pipeline(Witness()), epochs=1).fit(X, y, sample_weight=weight)
 
     def test_a_teacher_that_takes_no_weights_is_named_in_a_warning(self, weighted, given):

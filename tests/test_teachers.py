@@ -442,7 +442,7 @@ class TestInSample:
     def test_warns_and_takes_the_outputs_as_they_are(self, wine):
         X, y = wine
         forest = RandomForestClassifier(30, random_state=0, oob_score=True).fit(X, y)
-        with pytest.warns(UserWarning, match="surer of them than of new ones") as caught:
+        with pytest.warns(UserWarning, match="more confident about them than about new ones") as caught:
             targets = soft_targets(forest, X, y, in_sample=True)
         assert caught[0].filename == __file__
         np.testing.assert_allclose(targets.logits.exp(), forest.predict_proba(X), rtol=1e-5, atol=1e-7)
@@ -646,7 +646,7 @@ class TestModules:
 
     def test_probabilities_are_noticed(self, images):
         softmax = nn.Sequential(nn.Flatten(), nn.Linear(64, 10), nn.Softmax(-1))
-        with pytest.warns(UserWarning, match="leave out its softmax") as caught:
+        with pytest.warns(UserWarning, match="looks like probabilities.*remove the softmax") as caught:
             teacher_outputs(softmax, images)
         assert caught[0].filename == __file__
         with warnings.catch_warnings():
@@ -663,6 +663,11 @@ class TestModules:
     def test_outputs_that_are_no_logits(self, module, message, images):
         with pytest.raises(TypeError, match=message):
             teacher_outputs(module, images[:, 0])
+
+    def test_an_error_of_the_module_names_the_rows(self):
+        message = r"^teacher, called with rows 0 to 63 of X, of shape \(64, 5\) and dtype torch.float32: mat1 and mat2"
+        with pytest.raises(RuntimeError, match=message):
+            teacher_outputs(nn.Linear(6, 3), torch.randn(100, 5), batch_size=64)
 
     def test_bad_calls(self, images):
         with pytest.raises(ValueError, match="at least one row"):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from pydistill._torch_modules import count_parameters, float_dtype, mode
 from pydistill._wording import about, describe, few
 from pydistill.evaluation.result import Bin, ClassScores, ModelScores, Report
-from pydistill.teachers.estimators import is_a
+from pydistill.teachers.estimators import is_a, split_steps
 
 _BINS = 15
 _CHUNK = 1024  # rows per call when everything is predicted
@@ -138,7 +138,7 @@ def _subject(role, model, X) -> _Subject:
 
 def _behind_steps(student, teacher, X) -> _Subject | None:
     """The student's own teacher, which learned from what the steps before the student make of X; None for another."""
-    steps, inner = _unwrapped(student)
+    steps, inner = split_steps(student)
     own = getattr(inner, "teacher_", None)
     if not steps or own is None:
         return None
@@ -183,7 +183,7 @@ def _warn_of_a_poor_teacher(student, scores, labels):
     warnings.warn(
         f"teacher is right for {right:.3f} of the rows, always answering the most frequent class for {constant:.3f}: X "
         "may not have the form (scale, order of columns) of the rows that it was fitted on"
-        + (hint if _unwrapped(student)[0] else ""),
+        + (hint if split_steps(student)[0] else ""),
         UserWarning,
         stacklevel=3,
     )
@@ -201,7 +201,7 @@ def _for_classifier(X, model):
     if isinstance(X, Tensor):
         X = X.detach()
         X = (X.float() if X.dtype is torch.bfloat16 else X).numpy()  # numpy has no bfloat16
-    takes_images = isinstance(getattr(_unwrapped(model)[1], "module_", None), nn.Module)
+    takes_images = isinstance(getattr(split_steps(model)[1], "module_", None), nn.Module)
     return X if takes_images else X.reshape(len(X), -1)
 
 
@@ -312,26 +312,9 @@ def _median_seconds(subject, size) -> float:
 
 def _network(model) -> nn.Module | None:
     """The module itself, or that of a DistilledClassifier or of a skorch net."""
-    model = _unwrapped(model)[1]
+    model = split_steps(model)[1]
     candidates = model, getattr(model, "student_", None), getattr(model, "module_", None)
     return next((x for x in candidates if isinstance(x, nn.Module)), None)
-
-
-def _unwrapped(model):
-    """``(steps, model)``: what Pipelines do before their last step, and that step; a search stands for its best.
-
-    Told by their attributes, since scikit-learn is an extra.
-    """
-    if isinstance(model, nn.Module):
-        return [], model
-    if hasattr(model, "best_estimator_"):
-        return _unwrapped(model.best_estimator_)
-    if is_a(model, "sklearn", "FrozenEstimator"):
-        return _unwrapped(model.estimator)
-    if not hasattr(model, "steps"):
-        return [], model
-    steps, inner = _unwrapped(model.steps[-1][1])
-    return ([model[:-1], *steps] if len(model.steps) > 1 else steps), inner
 
 
 def _tensor_bytes(module) -> int:

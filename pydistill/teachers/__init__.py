@@ -1,4 +1,4 @@
-"""Teachers: their outputs for the rows of a data set, and what the package knows about scikit-learn's estimators."""
+"""Soft targets of trained teachers, and the rules for fitting scikit-learn's and XGBoost's classifiers as teachers."""
 
 from pydistill.teachers.outputs import soft_targets, teacher_outputs
 

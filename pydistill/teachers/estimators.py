@@ -1,16 +1,24 @@
-"""What a scikit-learn estimator must be to teach, and how it is fitted; scikit-learn is imported on use."""
+"""scikit-learn and XGBoost estimators as teachers: validation, nesting, weighted fits. Importing it needs neither."""
 
 import inspect
 import warnings
+from typing import Any, TypeAlias
 
 import numpy as np
+from numpy.typing import ArrayLike, NDArray
 from torch import nn
 
 from pydistill._wording import few
 
+Estimator: TypeAlias = Any  # an estimator of scikit-learn or XGBoost, which have no type information
+EstimatorInput: TypeAlias = Any  # rows as estimators take them: an array, a DataFrame, a sparse matrix, a list
 
-def check_classifier(name, estimator):
-    """Refuse what cannot become a teacher by ``fit``; whether it has probabilities may show only when it is fitted."""
+
+def check_classifier(name: str, estimator: Estimator) -> None:
+    """Check that ``estimator`` is a classifier that ``fit`` can turn into a teacher.
+
+    Some classifiers, such as a StackingClassifier, have ``predict_proba`` only once they are fitted; they pass here.
+    """
     kind = type(estimator).__name__
     if isinstance(estimator, nn.Module):
         raise TypeError(
@@ -31,10 +39,10 @@ def check_classifier(name, estimator):
         raise ValueError(f"{name} must be a classifier, which {kind} is not: it has no classes")
 
 
-def frozen_part(estimator) -> str | None:
-    """What is frozen, in words: a fitted classifier, or one in the estimator, that ``fit`` would leave as it is.
+def frozen_part(estimator: Estimator) -> str | None:
+    """Name the fitted classifier or regressor, in an estimator, that ``fit`` would not refit; None if there is none.
 
-    A frozen transformer that is no classifier or regressor has not learned the labels, and may stay.
+    A frozen transformer is allowed: it has not learned from the labels.
     """
     from sklearn.base import is_classifier, is_regressor
     from sklearn.frozen import FrozenEstimator
@@ -49,16 +57,43 @@ def frozen_part(estimator) -> str | None:
     return None
 
 
-def fit_weighted(estimator, X, y, weight):
-    """Fit an estimator; where there are weights of the rows, with them."""
+def split_steps(model: Estimator) -> tuple[list[Estimator], Estimator]:
+    """``(steps, last)``: the preprocessing of a fitted Pipeline, and its last step. Other models have no steps.
+
+    Nested Pipelines are followed. A fitted search is replaced by its best estimator, and a FrozenEstimator by the
+    estimator in it.
+    """
+    if isinstance(model, nn.Module):
+        return [], model
+    if is_a(model, "sklearn", "FrozenEstimator"):
+        return split_steps(model.estimator)
+    if hasattr(model, "best_estimator_"):
+        return split_steps(model.best_estimator_)
+    if not is_a(model, "sklearn", "Pipeline"):
+        return [], model
+    steps, last = split_steps(model[-1])
+    return ([model[:-1], *steps] if len(model) > 1 else steps), last
+
+
+def classifier_to_fit(estimator: Estimator) -> Estimator:
+    """The classifier to which ``fit`` passes the labels, inside Pipelines, searches and calibrations."""
+    from sklearn.pipeline import Pipeline
+
+    while isinstance(estimator, Pipeline) or hasattr(estimator, "estimator"):
+        estimator = estimator[-1] if isinstance(estimator, Pipeline) else estimator.estimator
+    return estimator
+
+
+def fit_weighted(estimator: Estimator, X: EstimatorInput, y: ArrayLike, weight: NDArray[Any] | None) -> Estimator:
+    """Fit an estimator, with the weights of the rows if there are any."""
     names = () if weight is None else weight_names(estimator)
     return estimator.fit(X, y, **dict.fromkeys(names, weight))
 
 
-def weight_names(estimator) -> list[str]:
-    """The keywords through which ``fit`` takes the rows' weights; none where they would not reach the classifier.
+def weight_names(estimator: Estimator) -> list[str]:
+    """The keywords of ``fit`` that pass the rows' weights to the classifier; none if the classifier takes no weights.
 
-    In a Pipeline each step that takes weights gets them: to its scaler, too, a row of weight 2 is two rows.
+    In a Pipeline every step that takes weights gets them, so that a row of weight 2 is two rows for its scaler, too.
     """
     from sklearn import get_config
     from sklearn.pipeline import Pipeline
@@ -75,19 +110,21 @@ def weight_names(estimator) -> list[str]:
     if is_a(estimator, "sklearn", "BaseSearchCV"):
         return weight_names(estimator.estimator)
     if any(is_a(estimator, "sklearn", name) for name in ("VotingClassifier", "StackingClassifier")):
-        # Their fit passes sample_weight on to every member, and raises where one does not take it.
+        # Their fit passes sample_weight to every member, and raises if one of them does not take it.
         members = [member for _, member in estimator.estimators] + [getattr(estimator, "final_estimator", None)]
         return ["sample_weight"] if all(_takes_weight(x) for x in members if hasattr(x, "fit")) else []
     return []
 
 
-def usable_weight(name, estimator, weight, *, stacklevel):
-    """The weights for the estimator's ``fit``. Where it takes none: None, and a warning if they differ."""
+def usable_weight(
+    name: str, estimator: Estimator, weight: NDArray[Any] | None, *, stacklevel: int
+) -> NDArray[Any] | None:
+    """The weights, if the estimator's ``fit`` takes weights; else None, with a warning if they are not all equal."""
     if weight is None or weight_names(estimator):
         return weight
     if weight.min() < weight.max():
         warnings.warn(
-            f"sample_weight cannot reach {name}: {type(estimator).__name__}.fit takes none that would get to the "
+            f"sample_weight cannot reach {name}: {type(estimator).__name__}.fit does not pass weights to the "
             "classifier. It is fitted on the rows whose weight is not 0, and each of them counts once",
             UserWarning,
             stacklevel=stacklevel + 1,
@@ -95,42 +132,23 @@ def usable_weight(name, estimator, weight, *, stacklevel):
     return None
 
 
-def _takes_weight(estimator) -> bool:
+def other_classes(name: str, have: ArrayLike, want: ArrayLike) -> ValueError:
+    """The error for a fitted classifier whose classes are not those of y."""
+    fitted, given = np.asarray(have).tolist(), np.asarray(want).tolist()
+    codes = len(fitted) == len(given) and fitted == list(range(len(given)))
+    hint = ". It was fitted on codes: pass them as y too, LabelEncoder().fit_transform(y)" if codes else ""
+    return ValueError(f"{name} must have the classes of y, {few(given)}; it was fitted on {few(fitted)}{hint}")
+
+
+def is_a(estimator: Estimator, package: str, name: str) -> bool:
+    """Whether an estimator is an instance of a package's class or of its subclass, without importing the package."""
+    return any(c.__name__ == name and c.__module__.split(".")[0] == package for c in type(estimator).__mro__)
+
+
+def _takes_weight(estimator: Estimator) -> bool:
     if "sample_weight" not in inspect.signature(estimator.fit).parameters:
         return False
     if not hasattr(estimator, "fit_transform"):
         return True
-    parameters = inspect.signature(estimator.fit_transform).parameters  # what a Pipeline calls of all but its last step
+    parameters = inspect.signature(estimator.fit_transform).parameters  # a Pipeline calls it for all but the last step
     return "sample_weight" in parameters or any(x.kind is x.VAR_KEYWORD for x in parameters.values())
-
-
-def for_labels(estimator, classes):
-    """The estimator, or one around it that fits it on codes, where these classes are labels that it would not take."""
-    needs_codes = is_a(_innermost(estimator), "xgboost", "XGBClassifier")
-    if not needs_codes or classes.tolist() == list(range(len(classes))):
-        return estimator
-    from pydistill.teachers.label_codes import OnLabelCodes
-
-    return OnLabelCodes(estimator)
-
-
-def other_classes(name, have, want) -> ValueError:
-    """The error for a fitted classifier whose classes are not those of y."""
-    have, want = np.asarray(have).tolist(), np.asarray(want).tolist()
-    codes = len(have) == len(want) and have == list(range(len(want)))
-    hint = ". It was fitted on codes: pass them as y too, LabelEncoder().fit_transform(y)" if codes else ""
-    return ValueError(f"{name} must have the classes of y, {few(want)}; it was fitted on {few(have)}{hint}")
-
-
-def _innermost(estimator):
-    """The classifier that sees the labels at the end of pipelines, searches and calibrations."""
-    from sklearn.pipeline import Pipeline
-
-    while isinstance(estimator, Pipeline) or hasattr(estimator, "estimator"):
-        estimator = estimator[-1] if isinstance(estimator, Pipeline) else estimator.estimator
-    return estimator
-
-
-def is_a(estimator, package, name) -> bool:
-    """Whether it is of this class or derives from it, without importing the package."""
-    return any(c.__name__ == name and c.__module__.split(".")[0] == package for c in type(estimator).__mro__)

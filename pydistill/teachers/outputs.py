@@ -1,26 +1,33 @@
 """Soft targets from trained teachers: scikit-learn classifiers, XGBoost, torch modules."""
 
 import warnings
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 import torch
-from torch import Tensor
+from numpy.typing import ArrayLike, NDArray
+from torch import Tensor, nn
 
-from pydistill._torch_modules import float_dtype, mode
-from pydistill._wording import few
-from pydistill.targets import SoftTargets
+from pydistill._arguments import check_count
+from pydistill._torch_modules import as_input, float_dtype, mode
+from pydistill._wording import about, few
+from pydistill.targets import PROBABILITIES_TAKEN_AS_LOGITS, SoftTargets, looks_like_probabilities
 from pydistill.teachers.estimators import (
+    Estimator,
+    EstimatorInput,
     check_classifier,
     fit_weighted,
-    for_labels,
     frozen_part,
     is_a,
     other_classes,
+    split_steps,
     usable_weight,
 )
 
-# Their decision values are logits: the softmax of them (of [0, d] for one column d) is predict_proba. Not so for
-# SVC, whose decision values are distances or votes, nor for AdaBoost, whose are scaled.
+# Classifiers whose decision values are logits: the softmax of these values (of [0, d] for one column d) is
+# predict_proba. SVC is not among them, whose decision values are distances or votes, nor AdaBoost, which scales them.
 _LOGIT_CLASSES = (
     "LogisticRegression",  # and LogisticRegressionCV, which derives from it
     "HistGradientBoostingClassifier",
@@ -29,27 +36,48 @@ _LOGIT_CLASSES = (
 )
 _XGBOOST_LOGITS = ("binary:logistic", "multi:softprob", "multi:softmax")
 _IN_SAMPLE = (
-    "in_sample=True: the teacher was fitted on these rows and is surer of them than of new ones (a random forest "
-    "especially), so that its targets say little more than the labels do. Without in_sample each row's targets come "
-    "from a refit that did not see it"
+    "in_sample=True: the teacher was fitted on these rows and is more confident about them than about new ones (a "
+    "random forest especially), so its targets add little to the labels. Without in_sample each row's targets come "
+    "from a refit that did not see the row"
 )
 
 
-def soft_targets(estimator, X, y, *, cv=5, in_sample=False, sample_weight=None) -> SoftTargets:
-    """A scikit-learn classifier's soft targets for the rows it learns from, each from a refit that did not see the row.
+class Splitter(Protocol):
+    """A cross-validation splitter of scikit-learn, such as KFold."""
 
-    The targets are logits where the classifier has them: the decision values of logistic regression, linear
-    discriminant analysis and (Hist)GradientBoosting, the margins of XGBClassifier. Everything else gives
-    ``log(predict_proba)``; an SVC's decision values are not logits. Of a Pipeline the last step decides, of a fitted
-    search its best estimator. XGBClassifier, which takes no labels but 0, 1, ..., is fitted on their codes.
+    def split(self, X: Any, y: Any, groups: Any = ...) -> Iterable[Any]:
+        """Pairs (train, test) of arrays of row numbers."""
+        ...
 
-    A forest or BaggingClassifier made with ``oob_score=True`` is fitted once, on all rows, and a row's targets are
-    those of the trees that did not see it; ``cv`` is not used then. Within a Pipeline the preprocessing would have
-    seen the row: there the folds are used.
+
+Folds: TypeAlias = int | Splitter | Iterable[Sequence[ArrayLike]]
+
+
+def soft_targets(
+    estimator: Estimator,
+    X: EstimatorInput,
+    y: ArrayLike,
+    *,
+    cv: Folds = 5,
+    in_sample: bool = False,
+    sample_weight: ArrayLike | None = None,
+) -> SoftTargets:
+    """A scikit-learn classifier's soft targets for its training rows, each from a refit that did not see the row.
+
+    The targets are logits if the classifier has them: the decision values of logistic regression, linear
+    discriminant analysis and (Hist)GradientBoosting, and the margins of XGBClassifier. For every other classifier they
+    are ``log(predict_proba)``; the decision values of an SVC are not logits. For a Pipeline the last step decides, for
+    a fitted search its best estimator. XGBClassifier accepts only the labels 0, 1, ..., so it is fitted on the codes of
+    the labels.
+
+    A forest or BaggingClassifier made with ``oob_score=True`` is fitted once, on all rows. A row's targets are then
+    those of the trees that did not see the row, and ``cv`` is not used. Inside a Pipeline the folds are used instead,
+    because the preprocessing would have seen the row.
 
     Args:
-        estimator: any classifier with ``predict_proba``, fitted or not. Clones are fitted, it is not touched.
-        X: ``(N, ...)``, what the estimator takes: array, DataFrame, sparse matrix, list. Missing values are its affair.
+        estimator: any classifier with ``predict_proba``, fitted or not. Only clones of it are fitted.
+        X: ``(N, ...)``, as the estimator takes it: array, DataFrame, sparse matrix, list. Missing values are passed
+            through to the estimator.
         y: ``(N,)``, the labels: integers, strings, booleans.
         cv: number of folds, stratified and in the rows' order as in scikit-learn, or a splitter, or an iterable of
             ``(train, test)`` indices, as ``GroupKFold(5).split(X, y, groups)`` gives it.
@@ -65,12 +93,13 @@ def soft_targets(estimator, X, y, *, cv=5, in_sample=False, sample_weight=None) 
         the estimator's ``classes_``.
 
     Raises:
-        ValueError: an estimator without predict_proba once it is fitted; one that is frozen or holds a frozen
-            classifier, which cannot be refitted; X and y of different lengths; y that is not 1-D or holds one class; a
-            class with fewer rows than folds, or missing from a fold's training rows; a ``cv`` that does not hold out
-            each row once; rows that were never out of bag; with ``in_sample`` an estimator whose classes are not those
-            of y; weights of another length, negative, not finite, or all 0. And what the estimator raises.
-        TypeError: an estimator that is a class, a torch module or no classifier at all; X without rows.
+        ValueError: if the estimator has no predict_proba once it is fitted, or is frozen or holds a frozen classifier,
+            which cannot be refitted; if X and y have different lengths, y is not 1-D, or y holds one class; if a class
+            has fewer rows than there are folds, or is missing from a fold's training rows; if ``cv`` does not hold out
+            each row once; if some rows were never out of bag; if, with ``in_sample``, the estimator's classes are not
+            those of y; if the weights have another length, are negative, not finite, or all 0. Errors that the
+            estimator raises are passed on.
+        TypeError: if the estimator is a class, a torch module or no classifier at all, or if X has no rows.
 
     Example:
         >>> from sklearn.datasets import load_iris
@@ -82,25 +111,32 @@ def soft_targets(estimator, X, y, *, cv=5, in_sample=False, sample_weight=None) 
         (SoftTargets(shape=(150, 3), dtype=torch.float32), True)
     """
     check_classifier("estimator", estimator)
-    X, y = _check_rows(X, y)
+    X, labels = _check_rows(X, y)
     frozen = None if in_sample else frozen_part(estimator)
     if frozen:
         raise ValueError(
             f"estimator cannot be refitted for out-of-fold targets: {frozen}. For rows that it was not fitted on use "
-            "pydistill.teachers.teacher_outputs(estimator, X); in_sample=True takes its outputs for these"
+            "pydistill.teachers.teacher_outputs(estimator, X); in_sample=True takes its outputs for these rows"
         )
     if in_sample:
         warnings.warn(_IN_SAMPLE, UserWarning, stacklevel=2)
-    weight, counts = _check_weight(sample_weight, X)
-    if counts is None:
-        return _as_targets(_targets(estimator, X, y, cv, in_sample, weight))
+    weight = _check_weight(sample_weight, X)
+    if weight is None or (weight > 0).all():
+        return _as_targets(_targets(estimator, X, labels, cv, in_sample, weight))
+    counts = weight > 0
     rows = np.flatnonzero(counts)
-    logits = _targets(estimator, _take(X, rows), y[rows], counted_folds(cv, counts), in_sample, weight[rows])
-    return _as_targets(logits.new_zeros(len(y), logits.shape[1]).index_copy(0, torch.from_numpy(rows), logits))
+    folds = counted_folds(cv, counts)
+    logits = _targets(estimator, _take(X, rows), labels[rows], folds, in_sample, weight[rows])
+    uniform = logits.new_zeros(len(labels), logits.shape[1])
+    return _as_targets(uniform.index_copy(0, torch.from_numpy(rows), logits))
 
 
-def _targets(estimator, X, y, cv, in_sample, weight) -> Tensor:
-    """The logits of rows that all count."""
+def _targets(
+    estimator: Estimator, X: EstimatorInput, y: NDArray[Any], cv: Folds, in_sample: bool, weight: NDArray[Any] | None
+) -> Tensor:
+    """The logits of rows whose weights are all positive."""
+    from pydistill.teachers.label_codes import for_labels  # it imports scikit-learn
+
     classes = _check_labels(y)
     if in_sample:
         return _in_columns(_logits(estimator, X), estimator, classes)
@@ -110,17 +146,17 @@ def _targets(estimator, X, y, cv, in_sample, weight) -> Tensor:
     return _out_of_fold(for_labels(estimator, classes), X, y, classes, cv, weight)
 
 
-def teacher_outputs(teacher, X, *, batch_size=256) -> SoftTargets:
+def teacher_outputs(teacher: nn.Module | Estimator, X: EstimatorInput, *, batch_size: int = 256) -> SoftTargets:
     """A fitted teacher's soft targets for rows that it was **not** fitted on: unlabelled data, validation rows.
 
-    For its own training rows use :func:`soft_targets`: a teacher is far surer of those than of any others.
+    For its training rows use :func:`soft_targets`: a teacher is far more confident about those than about others.
 
     Args:
         teacher: a fitted classifier, whose outputs are taken as in :func:`soft_targets`; or a torch module that maps
-            inputs to logits ``(rows, ..., C)``. It runs in eval mode under ``torch.inference_mode()``; each of its
-            submodules gets its own mode back.
-        X: what the teacher takes. For a module a tensor or an array, whose floats get the dtype of the module's.
-            Nothing is moved between devices.
+            inputs to logits ``(rows, ..., C)``. It runs in eval mode under ``torch.inference_mode()``; the mode of each
+            of its submodules is restored.
+        X: the teacher's inputs. For a module a tensor or an array, whose floating-point numbers are converted to the
+            module's dtype. Nothing is moved between devices.
         batch_size: rows per batch of a module. A classifier gets all rows at once.
 
     Returns:
@@ -128,9 +164,9 @@ def teacher_outputs(teacher, X, *, batch_size=256) -> SoftTargets:
         classifier's ``classes_``.
 
     Raises:
-        ValueError: no rows, batch_size below 1, a classifier without predict_proba, outputs that hold NaN.
-        TypeError: a module that gives something else than a floating-point tensor with a row per input; a teacher that
-            is a class, or no classifier at all; X that is neither a tensor nor an array, such as a DataLoader.
+        ValueError: if there are no rows, batch_size is below 1, a classifier has no predict_proba, or outputs hold NaN.
+        TypeError: if a module's output is not a floating-point tensor with one row per input; if the teacher is a
+            class, or no classifier at all; if X is neither a tensor nor an array, such as a DataLoader.
 
     Example:
         >>> import torch
@@ -139,15 +175,24 @@ def teacher_outputs(teacher, X, *, batch_size=256) -> SoftTargets:
         >>> teacher_outputs(cnn, torch.randn(1000, 1, 8, 8))
         SoftTargets(shape=(1000, 10), dtype=torch.float32)
     """
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-    if isinstance(teacher, torch.nn.Module):
-        return _as_targets(_module_logits(teacher, X, batch_size))
+    batch_size = check_count("batch_size", batch_size)
+    if isinstance(teacher, nn.Module):
+        logits = _module_logits(teacher, X, batch_size)
+        if looks_like_probabilities(logits):
+            warnings.warn(PROBABILITIES_TAKEN_AS_LOGITS, UserWarning, stacklevel=2)
+        return _as_targets(logits)
     check_classifier("teacher", teacher)
     return _as_targets(_logits(teacher, _as_rows(X)))
 
 
-def _out_of_fold(estimator, X, y, classes, cv, weight):
+def _out_of_fold(
+    estimator: Estimator,
+    X: EstimatorInput,
+    y: NDArray[Any],
+    classes: NDArray[Any],
+    cv: Folds,
+    weight: NDArray[Any] | None,
+) -> Tensor:
     from sklearn.base import clone
 
     logits = torch.empty(len(y), len(classes))
@@ -157,12 +202,14 @@ def _out_of_fold(estimator, X, y, classes, cv, weight):
     return logits
 
 
-def _out_of_bag(estimator, X, y, classes, weight):
+def _out_of_bag(
+    estimator: Estimator, X: EstimatorInput, y: NDArray[Any], classes: NDArray[Any], weight: NDArray[Any] | None
+) -> Tensor:
     from sklearn.base import clone
 
     fitted = fit_weighted(clone(estimator), X, y, weight)
     probs = fitted.oob_decision_function_
-    never = ~(probs.sum(1) > 0)  # forests leave 0 there, BaggingClassifier NaN
+    never = ~(probs.sum(1) > 0)  # such rows are 0 in forests and NaN in BaggingClassifier
     if never.any():
         raise ValueError(
             f"estimator has no out-of-bag targets for {never.sum()} of {len(y)} rows (the first is row "
@@ -172,29 +219,32 @@ def _out_of_bag(estimator, X, y, classes, weight):
     return _in_columns(_log(probs), fitted, classes)
 
 
-def counted_folds(cv, counts):
-    """The folds of the rows that count: splits that name rows by their numbers among all rows get the new numbers."""
+def counted_folds(cv: Folds, counts: NDArray[np.bool_]) -> Folds:
+    """Folds over the rows that count; splits that hold row numbers among all rows are renumbered."""
     from sklearn.model_selection import PredefinedSplit
 
     if isinstance(cv, PredefinedSplit):
         splits = cv.split()
-    elif hasattr(cv, "split") or not np.iterable(cv):
-        return cv  # it will be shown the rows that count, and no others
+    elif not isinstance(cv, Iterable) or hasattr(cv, "split"):
+        return cv  # it gets the rows that count, and no others
     else:
         splits = cv
-    places = np.cumsum(counts) - 1
+    places: NDArray[np.intp] = np.cumsum(counts) - 1
     return [tuple(_renumbered(part, counts, places) for part in split) for split in splits]
 
 
-def _renumbered(rows, counts, places):
-    rows = np.asarray(rows)
-    if rows.size and not (rows.dtype.kind in "iu" and rows.min() >= 0 and rows.max() < len(counts)):
-        raise ValueError(f"cv must hold numbers of rows, from 0 to {len(counts) - 1}, got {few(rows.tolist())}")
-    rows = rows.astype(np.intp)
-    return places[rows[counts[rows]]]
+def _renumbered(rows: ArrayLike, counts: NDArray[np.bool_], places: NDArray[np.intp]) -> NDArray[np.intp]:
+    numbers = np.asarray(rows)
+    if numbers.size and not (numbers.dtype.kind in "iu" and numbers.min() >= 0 and numbers.max() < len(counts)):
+        raise ValueError(f"cv must hold numbers of rows, from 0 to {len(counts) - 1}, got {few(numbers.tolist())}")
+    numbers = numbers.astype(np.intp)
+    new: NDArray[np.intp] = places[numbers[counts[numbers]]]
+    return new
 
 
-def _splits(X, y, classes, cv):
+def _splits(
+    X: EstimatorInput, y: NDArray[Any], classes: NDArray[Any], cv: Folds
+) -> list[tuple[NDArray[Any], NDArray[Any]]]:
     """The folds as a list of (train, test) indices; every rule is checked before anything is fitted."""
     from sklearn.model_selection import StratifiedKFold, check_cv
 
@@ -225,49 +275,43 @@ def _splits(X, y, classes, cv):
     return splits
 
 
-def _logits(estimator, X) -> Tensor:
+def _logits(estimator: Estimator, X: EstimatorInput) -> Tensor:
     """A fitted classifier's logits, or log-probabilities: float32 (N, C), columns in the order of its classes_."""
-    from sklearn.frozen import FrozenEstimator
-    from sklearn.pipeline import Pipeline
-
-    if isinstance(estimator, Pipeline):
-        steps = estimator[:-1]
-        return _logits(estimator[-1], steps.transform(X) if len(steps) else X)
-    if isinstance(estimator, FrozenEstimator):
-        return _logits(estimator.estimator, X)
-    if hasattr(estimator, "best_estimator_"):
-        return _logits(estimator.best_estimator_, X)
-    if is_a(estimator, "pydistill", "OnLabelCodes"):
-        return _logits(estimator.estimator_, X)
-    if is_a(estimator, "xgboost", "XGBClassifier") and estimator.objective in _XGBOOST_LOGITS:
-        return _expand(estimator.predict(X, output_margin=True))
-    if _has_logits(estimator):
-        return _expand(estimator.decision_function(X))
-    _check_probabilities(estimator)
-    probs = estimator.predict_proba(X)
+    steps, classifier = split_steps(estimator)
+    for step in steps:
+        X = step.transform(X)
+    if is_a(classifier, "pydistill", "OnLabelCodes"):
+        return _logits(classifier.estimator_, X)
+    if is_a(classifier, "xgboost", "XGBClassifier") and classifier.objective in _XGBOOST_LOGITS:
+        return _expand(classifier.predict(X, output_margin=True))
+    if _has_logits(classifier):
+        return _expand(classifier.decision_function(X))
+    _check_probabilities(classifier)
+    probs = classifier.predict_proba(X)
     if isinstance(probs, list):
-        raise ValueError(f"the teacher must have one output, got a {type(estimator).__name__} with {len(probs)}")
+        raise ValueError(f"the teacher must have one output, got a {type(classifier).__name__} with {len(probs)}")
     return _log(probs)
 
 
-def _has_logits(estimator):
+def _has_logits(estimator: Estimator) -> bool:
     if is_a(estimator, "sklearn", "GradientBoostingClassifier") and estimator.loss != "log_loss":
         return False
     return any(is_a(estimator, "sklearn", name) for name in _LOGIT_CLASSES)
 
 
-def _expand(scores) -> Tensor:
-    """Two classes have one column d, the difference of their logits: [0, d]."""
-    scores = torch.as_tensor(np.ascontiguousarray(scores), dtype=torch.float32)
-    return torch.stack([torch.zeros_like(scores), scores], -1) if scores.dim() == 1 else scores
+def _expand(scores: ArrayLike) -> Tensor:
+    """Logits as (N, C). For two classes scikit-learn gives one column d, the difference of the logits: [0, d]."""
+    logits = torch.as_tensor(np.ascontiguousarray(scores), dtype=torch.float32)
+    return torch.stack([torch.zeros_like(logits), logits], -1) if logits.dim() == 1 else logits
 
 
-def _log(probs) -> Tensor:
-    """Logarithms in the probabilities' own precision: 1e-50 is 0 in float32, its logarithm is not."""
+def _log(probs: ArrayLike) -> Tensor:
+    """Logarithms in the precision of the probabilities: 1e-50 is 0 in float32, but its logarithm is not -inf."""
     return SoftTargets.from_probs(np.ascontiguousarray(probs)).logits.float()
 
 
-def _in_columns(logits, estimator, classes) -> Tensor:
+def _in_columns(logits: Tensor, estimator: Estimator, classes: NDArray[Any]) -> Tensor:
+    """The logits with their columns in the order of ``classes``."""
     have, want = np.asarray(estimator.classes_).tolist(), classes.tolist()
     if have == want:
         return logits
@@ -276,26 +320,36 @@ def _in_columns(logits, estimator, classes) -> Tensor:
     return logits[:, [have.index(c) for c in want]]
 
 
-def _module_logits(module, X, batch_size) -> Tensor:
+def _module_logits(module: nn.Module, X: EstimatorInput, batch_size: int) -> Tensor:
     X = X if isinstance(X, Tensor) else np.asarray(_as_rows(X))  # a memory map stays one
     if X.ndim == 0 or not len(X):
         raise ValueError(f"X must hold at least one row, got shape {tuple(X.shape)}")
     dtype = float_dtype(module, torch.float32)
-    logits = None
+    logits = torch.empty(0)
     with mode(module, training=False):
         for start in range(0, len(X), batch_size):
-            rows = _as_tensor(X[start : start + batch_size], dtype)
-            with torch.inference_mode():
+            rows = as_input(X[start : start + batch_size], dtype)
+            with torch.inference_mode(), about_batch("X", start, rows):
                 outputs = module(rows)
-            _check_outputs(outputs, len(rows))
-            if logits is None:  # a tensor made in inference mode could not be trained with; copying into this one can
+            outputs = _check_outputs(outputs, len(rows))
+            if start == 0:  # autograd cannot save a tensor made in inference mode, but it can save a copy of one
                 logits = torch.empty(len(X), *outputs.shape[1:])
             logits[start : start + batch_size] = outputs
-    _warn_of_probabilities(logits)
     return logits
 
 
-def _as_rows(X):
+def about_batch(name: str, first: int, rows: Tensor | NDArray[Any]) -> AbstractContextManager[None]:
+    """Prefix a teacher's errors with the rows of the batch and their shape; ``first`` is the number of its first row.
+
+    torch's own error, such as one for inputs of the wrong width, does not say which of the caller's data it is about.
+    """
+    last = first + len(rows) - 1
+    return about(
+        f"teacher, called with rows {first} to {last} of {name}, of shape {tuple(rows.shape)} and dtype {rows.dtype}"
+    )
+
+
+def _as_rows(X: EstimatorInput) -> EstimatorInput:
     """X, or a list of rows as an array."""
     if hasattr(X, "shape"):
         return X
@@ -308,59 +362,44 @@ def _as_rows(X):
     return rows
 
 
-def _as_tensor(rows, dtype) -> Tensor:
-    tensor = rows if isinstance(rows, Tensor) else torch.tensor(rows)
-    return tensor.to(dtype) if tensor.is_floating_point() else tensor
+def _check_outputs(outputs: object, rows: int) -> Tensor:
+    if isinstance(outputs, Tensor) and outputs.is_floating_point() and outputs.dim() > 1 and len(outputs) == rows:
+        return outputs
+    got = f"{outputs.dtype} {tuple(outputs.shape)}" if isinstance(outputs, Tensor) else type(outputs).__name__
+    raise TypeError(f"teacher must map {rows} rows to floating-point logits ({rows}, ..., C), got {got}")
 
 
-def _check_outputs(outputs, rows):
-    good = isinstance(outputs, Tensor) and outputs.is_floating_point() and outputs.dim() > 1 and len(outputs) == rows
-    if not good:
-        got = f"{outputs.dtype} {tuple(outputs.shape)}" if isinstance(outputs, Tensor) else type(outputs).__name__
-        raise TypeError(f"teacher must map {rows} rows to floating-point logits ({rows}, ..., C), got {got}")
-
-
-def _warn_of_probabilities(logits):
-    if logits.shape[-1] > 1 and (logits >= 0).all() and ((logits.sum(-1) - 1).abs() < 1e-3).all():
-        warnings.warn(
-            "teacher looks as if it gave probabilities (its outputs are >= 0 and sum to 1), but a module's outputs are "
-            "taken as logits: leave out its softmax, or use SoftTargets.from_probs on its outputs",
-            UserWarning,
-            stacklevel=4,
-        )
-
-
-def _as_targets(logits) -> SoftTargets:
+def _as_targets(logits: Tensor) -> SoftTargets:
     rows = torch.isnan(logits).flatten(1).any(1)
     if rows.any():
         raise ValueError(f"teacher must not give NaN, as it does for row {int(rows.nonzero()[0])}")
-    return SoftTargets.from_log_probs(logits)  # logits are log-probabilities but for a constant per row; sees -inf
+    return SoftTargets.from_log_probs(logits)  # logits are log-probabilities plus a constant per row; -inf is noted
 
 
-def _check_probabilities(estimator):
+def _check_probabilities(estimator: Estimator) -> None:
     from sklearn.utils.validation import check_is_fitted
 
     if hasattr(estimator, "predict_proba"):
         return
-    check_is_fitted(estimator)  # a StackingClassifier has it from then on
+    check_is_fitted(estimator)  # a StackingClassifier has predict_proba only once it is fitted
     raise ValueError(
         f"the teacher must have predict_proba, got {type(estimator).__name__} without it; its decision values, if any, "
-        "are no logits. Calibrate it: sklearn.calibration.CalibratedClassifierCV(estimator, ensemble=False)"
+        "are not logits. Calibrate it: sklearn.calibration.CalibratedClassifierCV(estimator, ensemble=False)"
     )
 
 
-def _check_rows(X, y):
-    X, y = _as_rows(X), np.asarray(y)
-    X = X.tocsr() if hasattr(X, "tocsr") else X  # of the sparse forms not all have rows to take
-    if y.ndim != 1:
-        raise ValueError(f"y must be 1-D, a label per row; got shape {y.shape}")
-    if X.shape[0] != len(y):
-        raise ValueError(f"X and y must have the same number of rows, got {X.shape[0]} and {len(y)}")
-    return X, y
+def _check_rows(X: EstimatorInput, y: ArrayLike) -> tuple[EstimatorInput, NDArray[Any]]:
+    X, labels = _as_rows(X), np.asarray(y)
+    X = X.tocsr() if hasattr(X, "tocsr") else X  # not every sparse format can be indexed by rows
+    if labels.ndim != 1:
+        raise ValueError(f"y must be 1-D, a label per row; got shape {labels.shape}")
+    if X.shape[0] != len(labels):
+        raise ValueError(f"X and y must have the same number of rows, got {X.shape[0]} and {len(labels)}")
+    return X, labels
 
 
-def _check_labels(y):
-    """The classes of rows that all count."""
+def _check_labels(y: NDArray[Any]) -> NDArray[Any]:
+    """The classes of the labels, sorted."""
     from sklearn.utils.multiclass import check_classification_targets
 
     check_classification_targets(y)
@@ -370,16 +409,14 @@ def _check_labels(y):
     return classes
 
 
-def _check_weight(sample_weight, X):
-    """Weights, and which rows count: None where all do."""
+def _check_weight(sample_weight: ArrayLike | None, X: EstimatorInput) -> NDArray[Any] | None:
     from sklearn.utils.validation import _check_sample_weight
 
     if sample_weight is None:
-        return None, None
-    weight = _check_sample_weight(sample_weight, X, ensure_non_negative=True)
-    counts = weight > 0
-    return weight, None if counts.all() else counts
+        return None
+    weight: NDArray[Any] = _check_sample_weight(sample_weight, X, ensure_non_negative=True)
+    return weight
 
 
-def _take(X, rows):
+def _take(X: EstimatorInput, rows: NDArray[Any]) -> EstimatorInput:
     return X.iloc[rows] if hasattr(X, "iloc") else X[rows]

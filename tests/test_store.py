@@ -229,7 +229,7 @@ class TestData:
         assert torch.equal(torch.random.get_rng_state(), state)
 
     def test_probabilities_as_logits_are_warned_of(self, tmp_path, inputs):
-        with pytest.warns(UserWarning, match="look like probabilities"):
+        with pytest.warns(UserWarning, match="teacher looks like probabilities"):
             TeacherStore.build(tmp_path, lambda x: x.softmax(-1), inputs)
 
     def test_memory_holds_one_batch(self, tmp_path):
@@ -301,7 +301,7 @@ class TestIndexing:
     @pytest.mark.parametrize(
         ("rows", "error", "message"),
         [
-            (150, IndexError, r"rows must be in \[-150, 150\), the store has 150; got 150"),
+            (150, IndexError, r"rows must be in \[-150, 150\), since the store has 150 rows; got 150"),
             (-151, IndexError, "got -151"),
             ([0, 1, 400, 500], IndexError, "got 400"),
             (torch.tensor([[0], [-200]]), IndexError, "got -200"),
@@ -360,7 +360,7 @@ class TestSharing:
         for path in tmp_path.iterdir():
             path.unlink()
         TeacherStore.build(tmp_path, teacher, inputs + 1)
-        with pytest.raises(ValueError, match="is another one than when it was pickled"):
+        with pytest.raises(ValueError, match="was replaced after it was pickled"):
             pickle.loads(pickled)
 
     @pytest.mark.timeout(120)
@@ -458,7 +458,7 @@ class TestStale:
 
     def test_a_callable_is_not_checked_and_a_warning_says_so(self, tmp_path, inputs):
         TeacherStore.build(tmp_path, torch.relu, inputs)
-        with pytest.warns(UserWarning, match="whether it was this one cannot be told"):
+        with pytest.warns(UserWarning, match="cannot check that it was the same one"):
             TeacherStore.open(tmp_path, teacher=torch.sigmoid)
         with pytest.warns(UserWarning, match=r'Pass fingerprint="..."'):
             TeacherStore.build(tmp_path, torch.sigmoid, inputs)
@@ -490,7 +490,7 @@ class TestStale:
         for other in (form(logits), SoftTargets.from_logits(logits[:, :10])):
             with pytest.raises(ValueError, match="other teacher: teacher: 'SoftTargets, sha256"):
                 TeacherStore.build(tmp_path, other, inputs, dtype="float32")
-        with pytest.raises(ValueError, match="teacher must have a row per row of data, got 9 for 150"):
+        with pytest.raises(ValueError, match="teacher must have one row for each of the 150 rows of data, got 9 rows"):
             TeacherStore.build(tmp_path / "new", targets[:9], inputs)
 
     @pytest.mark.parametrize("data", [lambda x: x, lambda x: x.numpy()])
@@ -576,13 +576,13 @@ class TestDamage:
         good = path.read_text()
         assert change(good) != good
         path.write_text(change(good), errors="surrogateescape")
-        with pytest.raises(ValueError, match=r"is damaged: manifest.json is no manifest, or was changed"):
+        with pytest.raises(ValueError, match=r"is damaged: manifest.json is not a manifest, or was changed"):
             TeacherStore.open(built.folder)
 
     def test_manifest_that_is_nested_deeply(self, built):
         for text in ("[" * 200_000, '{"checksum": 3, "format": ' + "[" * 900 + "]" * 900 + "}"):
             (built.folder / "manifest.json").write_text(text)
-            with pytest.raises(ValueError, match=r"is damaged: manifest.json is no manifest, or was changed"):
+            with pytest.raises(ValueError, match=r"is damaged: manifest.json is not a manifest, or was changed"):
                 TeacherStore.open(built.folder)
 
     def check_changed_manifest(self, built, inputs, teacher, path, change, message):
@@ -706,7 +706,7 @@ class TestErrors:
             ({"k": 0}, ValueError, "k must be at least 1, got 0"),
             ({"k": 2.0}, TypeError, "k must be an integer, got 2.0"),
             ({"k": True}, TypeError, "k must be an integer"),
-            ({"k": 21}, ValueError, r"k must be a whole number in \[1, 20\].*got 21"),
+            ({"k": 21}, ValueError, r"k must be an integer in \[1, 20\].*got 21"),
             ({"batch_size": 0}, ValueError, "batch_size must be at least 1, got 0"),
             ({"batch_size": None}, TypeError, "batch_size must be an integer, got None"),
             ({"dtype": "float64"}, ValueError, "dtype must be 'float32', 'float16', 'bfloat16'; got 'float64'"),
@@ -722,7 +722,7 @@ class TestErrors:
             ({"data": []}, ValueError, "data must give at least one row, got none"),
             ({"data": ()}, ValueError, "data must give at least one row, got none"),
             ({"data": Items(torch.zeros(0, 3))}, ValueError, "at least one item, got an empty Dataset"),
-            ({"data": iter([torch.zeros(3, 6)])}, ValueError, "starts anew each time.*got the iterator"),
+            ({"data": iter([torch.zeros(3, 6)])}, ValueError, "can be iterated several times.*got the iterator"),
             ({"data": ["a", "b"]}, TypeError, "first column is a tensor or array of rows, got str"),
             ({"data": [torch.zeros(2, 6), torch.zeros(2, 7)]}, ValueError, "rows of one dtype and shape, got float32"),
             ({"data": np.array([[None]])}, TypeError, "data must be numbers, got an array of Python objects"),
@@ -747,7 +747,7 @@ class TestErrors:
         ],
     )
     def test_shuffling_loader(self, tmp_path, inputs, teacher, loader):
-        with pytest.raises(ValueError, match=r"data must come in one order.*Sampler.*shuffle=False"):
+        with pytest.raises(ValueError, match=r"data must come in the same order each time.*Sampler.*shuffle=False"):
             TeacherStore.build(tmp_path, teacher, loader(inputs))
 
     def test_loaders_in_an_order_of_their_own_are_read_whole(self, tmp_path, inputs, teacher, logits):
@@ -836,11 +836,22 @@ class TestErrors:
 
     def test_data_with_fewer_or_more_rows_than_they_have(self, tmp_path, inputs, teacher):
         fewer = DataLoader(Items(inputs), batch_size=50, collate_fn=lambda items: torch.zeros(40, FEATURES))
-        with pytest.raises(ValueError, match="data must give the 150 rows that it has, got 120"):
+        with pytest.raises(ValueError, match="data must give the same 150 rows each time, got 120"):
             TeacherStore.build(tmp_path / "fewer", teacher, fewer)
         more = DataLoader(Items(inputs), batch_size=50, collate_fn=lambda items: torch.zeros(60, FEATURES))
-        with pytest.raises(ValueError, match="data must give the 150 rows that it has, got more"):
+        with pytest.raises(ValueError, match="data must give the same 150 rows each time, got more"):
             TeacherStore.build(tmp_path / "more", teacher, more)
+
+    @pytest.mark.parametrize(
+        "make", [lambda: nn.Linear(FEATURES + 1, CLASSES), lambda: nn.Linear(FEATURES + 1, CLASSES).forward]
+    )
+    def test_an_error_of_the_teacher_names_the_rows(self, tmp_path, inputs, make):
+        """torch's own error says which matrices do not fit, but not that one of them is the data."""
+        message = (
+            r"^teacher, called with rows 0 to 63 of data, of shape \(64, 6\) and dtype torch.float32: mat1 and mat2"
+        )
+        with pytest.raises(RuntimeError, match=message):
+            TeacherStore.build(tmp_path, make(), inputs, batch_size=64)
 
     @pytest.mark.parametrize(
         ("output", "options", "error", "message"),
@@ -851,7 +862,7 @@ class TestErrors:
             (lambda x: x[:-1], {}, ValueError, r"for a batch of 64 rows, got shape \(63, 6\)"),
             (lambda x: x[:, 0], {}, ValueError, r"\(rows, ..., classes\).*got shape \(64,\)"),
             (lambda x: x[:, :0], {}, ValueError, r"got shape \(64, 0\)"),
-            (lambda x: x[:, : len(x) // 11], {}, ValueError, "outputs of one form; at row 128 they became"),
+            (lambda x: x[:, : len(x) // 11], {}, ValueError, "outputs of one form; from row 128 on it is"),
             (lambda x: x * 1e5, {}, ValueError, "in row 0 is infinite in float16; use .bfloat16. or"),
             (lambda x: pydistill.top_k(x, 3), {"k": 2}, ValueError, "k must be None or the teacher's own 3, got 2"),
         ],

@@ -107,7 +107,7 @@ class TestResume:
 
         with pytest.raises(Stop):
             TeacherStore.build(tmp_path, forest, probs, batch_size=16)
-        with pytest.warns(UserWarning, match="cannot be told"):
+        with pytest.warns(UserWarning, match="cannot check that it was the same one"):
             built = TeacherStore.build(tmp_path, forest, probs, batch_size=16)
         assert calls == [16] * 4
         assert built[:].has_zeros
@@ -257,7 +257,7 @@ class TestReadOnlyFolder:
     def test_a_new_store(self, shared_folder, inputs, teacher):
         with (
             read_only(shared_folder),
-            pytest.raises(PermissionError, match="while writing the teacher store; what was"),
+            pytest.raises(PermissionError, match="while writing the teacher store; the rows"),
         ):
             TeacherStore.build(shared_folder, teacher, inputs)
         assert not contents(shared_folder)
@@ -284,14 +284,16 @@ class TestFullDisk:
 
             resource.setrlimit(resource.RLIMIT_FSIZE, (4000, 4000))  # a file may grow to 4000 bytes, of 6128
             calls = stopping(teacher, after=99)
-            with pytest.raises(OSError, match="while writing the teacher store; what was recorded is safe") as caught:
+            with pytest.raises(
+                OSError, match="writing the teacher store; the rows already recorded are safe"
+            ) as caught:
                 TeacherStore.build(tmp_path, teacher, inputs, batch_size=16)
             assert caught.value.errno == errno.EFBIG
             assert calls == [16]
 
         assert not run_child(build)
         assert list(contents(tmp_path)) == ["manifest.json"]  # nothing that takes space
-        with pytest.raises(ValueError, match=r"is unfinished: it holds 0 of 150 rows.*build starts it anew$"):
+        with pytest.raises(ValueError, match=r"unfinished: it holds 0 of 150 rows.*build starts again from the first row$"):
             TeacherStore.open(tmp_path)
         assert len(TeacherStore.build(tmp_path, teacher, inputs, k=3)) == ROWS  # fits, and is not refused
 
@@ -316,6 +318,22 @@ class TestFullDisk:
         monkeypatch.setattr(writer, operation, works)
         built = TeacherStore.build(tmp_path, teacher, inputs, batch_size=16, dtype="float32")
         torch.testing.assert_close(built[:].logits, logits, rtol=1e-5, atol=1e-5)
+
+    def test_a_manifest_that_cannot_be_replaced_stays(self, tmp_path, inputs, teacher, monkeypatch):
+        monkeypatch.setattr(writer, "_SECONDS_BETWEEN_SYNCS", 0.0)
+        calls, replace = [], os.replace
+
+        def fail_later(old, new):
+            calls.append(new)
+            if len(calls) > 3:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            replace(old, new)
+
+        monkeypatch.setattr(os, "replace", fail_later)
+        with pytest.raises(OSError, match="while writing the teacher store"):
+            TeacherStore.build(tmp_path, teacher, inputs, batch_size=16)
+        assert read_manifest(tmp_path)["rows_written"] == 32
+        assert sorted(contents(tmp_path)) == ["logits.npy", "manifest.json"]
 
     def test_a_write_that_takes_only_a_part(self, tmp_path):
         class Stingy:

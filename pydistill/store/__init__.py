@@ -1,4 +1,4 @@
-"""A teacher's outputs on disk: computed once, read in random batches by every epoch and every sweep."""
+"""A teacher's outputs on disk: computed once, then read in random batches in every epoch and every search."""
 
 from pydistill.store.teacher_store import TeacherStore
 

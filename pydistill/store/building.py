@@ -1,36 +1,51 @@
-"""The teacher runs over the data, batch by batch; what it says is checked and handed to the writer."""
+"""Runs the teacher over the data batch by batch, checks its outputs and passes them to the writer."""
 
 import warnings
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from pydistill._torch_modules import as_input, float_dtype, mode
-from pydistill.store.sources import batches
+from pydistill.store.fingerprints import Teacher
+from pydistill.store.manifest import Manifest
+from pydistill.store.request import Request
+from pydistill.store.sources import Inputs, Source, inputs_from_row
 from pydistill.store.writer import Writer
-from pydistill.targets import SoftTargets, top_k
-from pydistill.teachers.outputs import teacher_outputs
+from pydistill.targets import PROBABILITIES_TAKEN_AS_LOGITS, SoftTargets, looks_like_probabilities, top_k
+from pydistill.teachers.outputs import about_batch, teacher_outputs
 
 
-def fill(folder, manifest, request, rows, source, teacher, batch_size):
-    """All rows that the folder does not hold yet; an error leaves those before it recorded."""
+def fill(
+    folder: Path,
+    manifest: Manifest | None,
+    request: Request,
+    rows: int,
+    source: Source,
+    teacher: Teacher,
+    batch_size: int,
+) -> None:
+    """Write all rows that the folder lacks. If an error stops this, the rows before it are recorded."""
     if isinstance(teacher, SoftTargets) and len(teacher) != rows:
-        raise ValueError(f"teacher must have a row per row of data, got {len(teacher)} for {rows}")
+        raise ValueError(f"teacher must have one row for each of the {rows} rows of data, got {len(teacher)} rows")
     writer = Writer(folder, manifest, request, rows)
     try:
-        with _runnable(teacher) as run:
-            for inputs in batches(source, writer.written, batch_size):
-                if writer.written + len(inputs) > rows:
-                    raise ValueError(f"data must give the {rows} rows that it has, got more")
-                targets = _as_targets(run(inputs, writer.written), writer.written, len(inputs))
-                writer.append(_cut(targets, request))
+        with _as_function(teacher) as run:
+            for inputs in inputs_from_row(source, writer.written, batch_size):
+                first = writer.written
+                if first + len(inputs) > rows:
+                    raise ValueError(f"data must give the same {rows} rows each time, got more")
+                with about_batch("data", first, inputs):
+                    output = run(inputs, first)
+                writer.append(_keep_k(_as_targets(output, first, len(inputs)), request))
         if writer.written < rows:
-            raise ValueError(f"data must give the {rows} rows that it has, got {writer.written}")
+            raise ValueError(f"data must give the same {rows} rows each time, got {writer.written}")
         writer.sync()
     except BaseException:
-        with suppress(OSError):  # what was recorded before stays valid, and the first error tells more
+        with suppress(OSError):  # the rows recorded before stay valid, and the first error says more
             writer.sync()
         raise
     finally:
@@ -38,32 +53,40 @@ def fill(folder, manifest, request, rows, source, teacher, batch_size):
 
 
 @contextmanager
-def _runnable(teacher):
-    """The teacher as a function of a batch and of the number of its first row."""
-
-    def run_module(inputs, first):  # inference mode here only: a Dataset that keeps tensors must not get such ones
-        with torch.inference_mode():
-            return teacher(as_input(inputs, dtype))
-
-    def run_classifier(inputs, first):
-        return teacher_outputs(teacher, inputs.numpy() if isinstance(inputs, Tensor) else inputs)
-
-    def run_callable(inputs, first):
-        with torch.no_grad():
-            return teacher(inputs)
-
+def _as_function(teacher: Teacher) -> Iterator[Callable[[Inputs, int], object]]:
+    """The teacher as a function of a batch of inputs and of the number of its first row."""
     if isinstance(teacher, torch.nn.Module):
-        dtype = float_dtype(teacher, None)
         with mode(teacher, training=False):
-            yield run_module
+            yield _module_function(teacher)
     elif isinstance(teacher, SoftTargets):
         yield lambda inputs, first: teacher[first : first + len(inputs)]
+    elif hasattr(teacher, "predict_proba"):
+        yield lambda inputs, first: teacher_outputs(teacher, inputs.numpy() if isinstance(inputs, Tensor) else inputs)
     else:
-        yield run_classifier if hasattr(teacher, "predict_proba") else run_callable
+        yield _without_gradients(teacher)
 
 
-def _as_targets(output, first, rows) -> SoftTargets:
-    """A batch's output, checked; ``first`` is the number of its first row."""
+def _module_function(module: torch.nn.Module) -> Callable[[Inputs, int], object]:
+    dtype = float_dtype(module, None)
+
+    def run(inputs: Inputs, first: int) -> object:
+        # Inference mode for the module only: a Dataset that keeps the tensors it makes must make ordinary ones.
+        with torch.inference_mode():
+            return module(as_input(inputs, dtype))
+
+    return run
+
+
+def _without_gradients(function: Callable[[Inputs], object]) -> Callable[[Inputs, int], object]:
+    def run(inputs: Inputs, first: int) -> object:
+        with torch.no_grad():
+            return function(inputs)
+
+    return run
+
+
+def _as_targets(output: object, first: int, rows: int) -> SoftTargets:
+    """A batch's output as soft targets, checked; ``first`` is the number of its first row."""
     if not isinstance(output, SoftTargets | Tensor | np.ndarray):
         raise TypeError(f"teacher must return logits or SoftTargets, got {type(output).__name__}")
     targets = output if isinstance(output, SoftTargets) else SoftTargets.from_logits(output)
@@ -76,26 +99,18 @@ def _as_targets(output, first, rows) -> SoftTargets:
         raise ValueError(
             f"teacher must give a finite largest logit in every row; that of row {first + int(at[0])} is {largest[at]}"
         )
-    if first == 0 and targets is not output and _look_like_probabilities(targets.logits):
-        warnings.warn(
-            "the teacher's outputs look like probabilities (>= 0, and their rows sum to 1), but are stored as logits; "
-            "return pydistill.SoftTargets.from_probs(...) instead",
-            UserWarning,
-            stacklevel=4,
-        )
+    if first == 0 and targets is not output and looks_like_probabilities(targets.logits):
+        warnings.warn(PROBABILITIES_TAKEN_AS_LOGITS, UserWarning, stacklevel=4)
     return targets
 
 
-def _look_like_probabilities(logits) -> bool:
-    return bool((logits >= 0).all() and ((logits.double().sum(-1) - 1).abs() < 1e-2).all() and logits.shape[-1] > 1)
-
-
-def _cut(targets, request) -> SoftTargets:
-    k = request["k"]
-    if k is None:
+def _keep_k(targets: SoftTargets, request: Request) -> SoftTargets:
+    """The top k of the targets if the request has a k; targets that are top-k targets already must have the same k."""
+    k, temperatures, tail = request["k"], request["temperatures"], request["tail"]
+    if k is None or temperatures is None or tail is None:  # all three are None, or none of them
         return targets
     if targets.indices is None:
-        return top_k(targets.logits, k, request["temperatures"], tail=request["tail"])
+        return top_k(targets.logits, k, temperatures, tail=tail)
     if targets.indices.shape[-1] != k:
         raise ValueError(f"k must be None or the teacher's own {targets.indices.shape[-1]}, got {k}")
     return targets

@@ -1,19 +1,48 @@
-"""The manifest says what a store holds and how far it is; the files are checked against it."""
+"""The manifest of a store: its contents and the number of rows written. The files are checked against it."""
 
 import json
 import math
-import os
 import tokenize
 import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypedDict
 
 import numpy as np
+from numpy.typing import DTypeLike, NDArray
 
-from pydistill._files import flush_names, form_problem, parse_json, write_through
+from pydistill._files import form_problem, parse_json, unfinished_path, write_whole
 from pydistill.store.digests import file_crc
-from pydistill.store.layout import DTYPES, file_specs
+from pydistill.store.layout import DTYPES, Layout, file_specs
+from pydistill.store.request import Request
 
-_MANIFEST, _PARTIAL_MANIFEST = "manifest.json", "manifest.json.partial"
+_MANIFEST = "manifest.json"
 FORMAT = 1
+
+
+class Placement(TypedDict):
+    """Where the rows of a file lie: the bytes of its header, and the bytes of each row."""
+
+    header: int
+    row_bytes: int
+
+
+class FileEntry(Placement):
+    """A file of the store, with the checksum of its header and of the rows written so far."""
+
+    crc32: int
+
+
+class Manifest(TypedDict):
+    """The contents of ``manifest.json`` without its own checksum."""
+
+    format: int
+    request: Request
+    layout: Layout
+    rows_written: int
+    has_zeros: bool
+    files: dict[str, FileEntry]
+
 
 _LAYOUT = {"shape": [int], "dtype": str, "k": int | None, "temperatures": [int | float], "tail": str | None}
 _REQUEST = {"k": int | None, "temperatures": list | None, "tail": str | None, "dtype": str, "data": str, "teacher": str}
@@ -21,36 +50,39 @@ _FORM = {"request": _REQUEST, "layout": _LAYOUT, "rows_written": int, "has_zeros
 _FILE = {"header": int, "row_bytes": int, "crc32": int}
 
 
-def manifest_crc(manifest) -> int:
-    """The manifest's own checksum, in its file; it also tells one store from another."""
+def manifest_crc(manifest: Mapping[str, object]) -> int:
+    """The manifest's checksum, which its file holds; it also distinguishes one store from another."""
     return zlib.crc32(json.dumps(manifest, sort_keys=True).encode())
 
 
-def read_manifest(folder) -> dict | None:
+def read_manifest(folder: Path) -> Manifest | None:
     """The folder's manifest, checked; None if there is none."""
     try:
         content = (folder / _MANIFEST).read_bytes()
     except FileNotFoundError:
         return None
     try:
-        manifest = parse_json(content)
-        checksum = manifest.pop("checksum") if isinstance(manifest, dict) else None
-        whole = checksum is not None and checksum == manifest_crc(manifest)
+        found: Any = parse_json(content)
+        checksum = found.pop("checksum") if isinstance(found, dict) else None
+        unchanged = checksum is not None and checksum == manifest_crc(found)
     except (ValueError, KeyError, RecursionError):  # the last: JSON so deep that it can be read, but not written
-        whole = False
-    if not whole:
-        raise ValueError(_damaged(folder, _MANIFEST, "is no manifest, or was changed"))
-    problem = form_problem(manifest, {"format": object})
-    if problem is None and manifest["format"] != FORMAT:
-        raise ValueError(f"the store in {folder} has format {manifest['format']!r}; this version reads {FORMAT}")
-    problem = problem or form_problem(manifest, _FORM) or _contradiction(manifest)
-    if problem:
-        raise ValueError(_damaged(folder, _MANIFEST, problem))
-    return manifest
+        unchanged = False
+    if not unchanged:
+        raise _damaged(folder, _MANIFEST, "is not a manifest, or was changed")
+    problem = form_problem(found, {"format": object})
+    if problem is None and found["format"] != FORMAT:
+        raise ValueError(f"the store in {folder} has format {found['format']!r}; this version reads {FORMAT}")
+    problem = problem or form_problem(found, _FORM)
+    if problem is None:
+        manifest: Manifest = found
+        problem = _contradiction(manifest)
+        if problem is None:
+            return manifest
+    raise _damaged(folder, _MANIFEST, problem)
 
 
-def _contradiction(manifest) -> str | None:
-    """What in a manifest of the right form cannot be."""
+def _contradiction(manifest: Manifest) -> str | None:
+    """An impossible value in a manifest of the right form; None if there is none."""
     layout, written, files = manifest["layout"], manifest["rows_written"], manifest["files"]
     shape, dtype, k, temperatures = layout["shape"], layout["dtype"], layout["k"], layout["temperatures"]
     if len(shape) < 2 or min(shape) < 1:
@@ -79,47 +111,46 @@ def _contradiction(manifest) -> str | None:
     return None
 
 
-def replace_manifest(folder, manifest):
-    """Whole or not at all, and on disk when this returns."""
-    content = json.dumps(manifest | {"checksum": manifest_crc(manifest)}, indent=1)
-    write_through(folder / _PARTIAL_MANIFEST, content.encode())
-    os.replace(folder / _PARTIAL_MANIFEST, folder / _MANIFEST)
-    flush_names(folder)
+def replace_manifest(folder: Path, manifest: Manifest) -> None:
+    """Replace the manifest atomically; it is on disk when this returns."""
+    content = json.dumps({**manifest, "checksum": manifest_crc(manifest)}, indent=1)
+    write_whole(folder / _MANIFEST, content.encode())
 
 
-def check_holds_nothing(folder):
-    """Without a manifest a folder with files is somebody else's."""
-    others = sorted(path.name for path in folder.iterdir() if path.name != _PARTIAL_MANIFEST)
+def check_holds_nothing(folder: Path) -> None:
+    """Check that a folder without a manifest is empty: its files would be somebody else's."""
+    unfinished = unfinished_path(folder / _MANIFEST)
+    others = sorted(path.name for path in folder.iterdir() if path != unfinished)
     if others:
         raise ValueError(f"folder must be empty or hold a teacher store; {folder} holds {', '.join(others[:5])}")
 
 
-def check_files(folder, manifest, *, checksums):
-    """The sizes of the files, and, if wanted, the checksums of the rows written so far."""
+def check_files(folder: Path, manifest: Manifest, *, checksums: bool) -> None:
+    """Check the sizes of the files and, with ``checksums``, the bytes of their headers and of the rows written."""
     written, rows = manifest["rows_written"], manifest["layout"]["shape"][0]
     for name, entry in manifest["files"].items():
         try:
             size = (folder / name).stat().st_size
         except FileNotFoundError:
-            raise ValueError(_damaged(folder, name, "is missing")) from None
+            raise _damaged(folder, name, "is missing") from None
         expected = entry["header"] + rows * entry["row_bytes"]
         if size != expected:
-            raise ValueError(_damaged(folder, name, f"has {size} bytes instead of {expected}"))
+            raise _damaged(folder, name, f"has {size} bytes instead of {expected}")
         if checksums and file_crc(folder / name, entry["header"] + written * entry["row_bytes"]) != entry["crc32"]:
-            raise ValueError(_damaged(folder, name, "does not have the bytes that were written (CRC-32)"))
+            raise _damaged(folder, name, "does not have the bytes that were written (CRC-32)")
 
 
-def _damaged(folder, name, how) -> str:
-    return f"the store in {folder} is damaged: {name} {how}. Delete the folder and build it again"
+def _damaged(folder: Path, name: str, problem: str) -> ValueError:
+    return ValueError(f"the store in {folder} is damaged: {name} {problem}. Delete the folder and build it again")
 
 
-def open_map(path, header, dtype, shape) -> np.ndarray:
-    """A file of the store as a read-only array, not read yet; ``header`` is where its rows begin."""
+def open_map(path: Path, header: int, dtype: DTypeLike, shape: tuple[int, ...]) -> NDArray[Any]:
+    """Memory-map a file of the store as a read-only array, without reading it; its rows begin at byte ``header``."""
     try:
         array = np.lib.format.open_memmap(path, mode="r")
-    except (ValueError, TypeError, SyntaxError, tokenize.TokenError):  # numpy reads it as Python
-        raise ValueError(_damaged(path.parent, path.name, "has no .npy header")) from None
+    except (ValueError, TypeError, SyntaxError, tokenize.TokenError):  # numpy parses the header as Python
+        raise _damaged(path.parent, path.name, "has no .npy header") from None
     expected = np.dtype(dtype), shape, header, True
     if (array.dtype, array.shape, array.offset, array.flags.c_contiguous) != expected:
-        raise ValueError(_damaged(path.parent, path.name, f"holds {array.dtype} {array.shape} from {array.offset} on"))
-    return np.asarray(array)  # without memmap's own indexing, which is slower
+        raise _damaged(path.parent, path.name, f"holds {array.dtype} {array.shape} from {array.offset} on")
+    return np.asarray(array)  # indexing a plain array is faster than indexing a memmap

@@ -1,41 +1,55 @@
-"""What a store is to hold: the options, checked. A later call for the same folder must ask for the same."""
+"""The request for a store: its options, its data and its teacher. Later calls for the same folder must repeat it."""
 
 import math
 import warnings
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TypedDict
 
-from pydistill.store.fingerprints import CALLABLE
-from pydistill.store.layout import DTYPES
+from pydistill._arguments import check_count
+from pydistill.store.fingerprints import UNCHECKED_CALLABLE
+from pydistill.store.layout import DTYPES, DTypeName
+from pydistill.targets import Tail, check_tail
 
 
-def check_request(k, temperatures, tail, dtype, batch_size) -> dict:
-    """The options as the manifest holds them."""
-    for name, value in (("k", k), ("batch_size", batch_size)):
-        if value is None and name == "k":
-            continue
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(f"{name} must be an integer, got {value!r}")
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
+class StoreOptions(TypedDict):
+    """The options of a store; temperatures and tail are None if all logits are stored."""
+
+    k: int | None
+    temperatures: list[float] | None
+    tail: Tail | None
+    dtype: DTypeName
+
+
+class Request(StoreOptions):
+    """What a store is to hold, as the manifest records it: the options, and fingerprints of data and teacher."""
+
+    data: str
+    teacher: str
+
+
+def check_options(k: int | None, temperatures: Iterable[float], tail: Tail, dtype: DTypeName) -> StoreOptions:
+    """Check the options of a store."""
+    k = None if k is None else check_count("k", k)
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be {', '.join(map(repr, DTYPES))}; got {dtype!r}")
-    if tail not in ("renormalize", "bucket"):
-        raise ValueError(f'tail must be "renormalize" or "bucket", got {tail!r}')
+    check_tail(tail)
     try:
-        temperatures = list(dict.fromkeys(map(float, temperatures)))
+        distinct = list(dict.fromkeys(map(float, temperatures)))
     except TypeError:
         raise TypeError(f"temperatures must be a sequence of numbers, got {temperatures!r}") from None
-    if not all(0 < t < math.inf for t in temperatures):
-        raise ValueError(f"temperatures must be positive and finite, got {temperatures!r}")
-    if tail == "bucket" and not temperatures:
+    if not all(0 < t < math.inf for t in distinct):
+        raise ValueError(f"temperatures must be positive and finite, got {distinct!r}")
+    if tail == "bucket" and not distinct:
         raise ValueError('temperatures must name at least one with tail="bucket", got none')
-    if k is None:  # all the logits: the other two change nothing
-        temperatures = tail = None
-    return {"k": k, "temperatures": temperatures, "tail": tail, "dtype": dtype}
+    if k is None:  # temperatures and tail make no difference
+        return {"k": None, "temperatures": None, "tail": None, "dtype": dtype}
+    return {"k": k, "temperatures": distinct, "tail": tail, "dtype": dtype}
 
 
-def check_same(folder, manifest, given):
-    """What is given now must be what the store was built with."""
-    there = manifest["request"]
+def check_same(folder: Path, recorded: Request, given: Mapping[str, object]) -> None:
+    """Check that the options and fingerprints given now are those that the store was built with."""
+    there: Mapping[str, object] = recorded
     differ = [name for name, value in given.items() if there[name] != value]
     if differ:
         details = "; ".join(f"{name}: {there[name]!r} there, {given[name]!r} here" for name in differ)
@@ -43,11 +57,11 @@ def check_same(folder, manifest, given):
             f"the store in {folder} was built with other {' and '.join(differ)}: {details}. Build into another folder, "
             "or delete this one"
         )
-    if given.get("teacher") == CALLABLE:
+    if given.get("teacher") == UNCHECKED_CALLABLE:
         warnings.warn(
-            f"the store in {folder} was built with a callable too, but whether it was this one cannot be told. Pass "
-            'fingerprint="..." to build and open, another string for another teacher; or pass a module, a fitted '
-            "classifier or SoftTargets as the teacher",
+            f"the store in {folder} was built with a callable too, but pydistill cannot check that it was the same "
+            'one. Pass fingerprint="..." to build and open, another string for another teacher; or pass a module, a '
+            "fitted classifier or SoftTargets as the teacher",
             UserWarning,
             stacklevel=3,
         )

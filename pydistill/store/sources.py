@@ -1,7 +1,11 @@
-"""The forms that data may have, and their batches of inputs."""
+"""The inputs that a store is built from: the accepted forms of data, and batches of their inputs."""
+
+from collections.abc import Iterable, Iterator
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import (
     BatchSampler,
@@ -16,11 +20,15 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
+Inputs: TypeAlias = Tensor | NDArray[Any]  # (rows, ...)
+Source: TypeAlias = Inputs | Dataset[Any] | Iterable[Any]  # all inputs, a Dataset of rows, or an iterable of batches
+Data: TypeAlias = Source | tuple[Any, ...]
+
 _SHUFFLING = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
 
 
-def as_source(data, batch_size=256):
-    """What data stands for: a tensor or array, a Dataset, or an iterable of batches that starts anew each time."""
+def as_source(data: Data, batch_size: int = 256) -> Source:
+    """Check the data and take their inputs: a tensor or array, a Dataset, or a repeatable iterable of batches."""
     if isinstance(data, tuple) and data and not isinstance(data[0], tuple | list):
         _check_columns(data)
         data = data[0]
@@ -30,12 +38,12 @@ def as_source(data, batch_size=256):
         _check_order(data)
     elif isinstance(data, IterableDataset):
         return DataLoader(data, batch_size=batch_size, generator=torch.Generator())
-    data = in_memory(data)
+    data = inputs_of_tensor_dataset(data)
     if isinstance(data, Tensor | np.ndarray):
         if data.ndim == 0 or len(data) == 0:
             raise ValueError(f"data must have at least one row, got shape {tuple(data.shape)}")
     elif isinstance(data, Dataset):
-        if len(data) == 0:
+        if dataset_length(data) == 0:
             raise ValueError("data must have at least one item, got an empty Dataset")
     elif not hasattr(data, "__iter__"):
         raise TypeError(
@@ -43,13 +51,13 @@ def as_source(data, batch_size=256):
         )
     elif hasattr(data, "__next__"):
         raise ValueError(
-            f"data must be an iterable that starts anew each time, such as a DataLoader or a list of batches; got the "
-            f"iterator {type(data).__name__}, which runs out"
+            "data must be an iterable that can be iterated several times, such as a DataLoader or a list of batches; "
+            f"got the iterator {type(data).__name__}, which can be iterated only once"
         )
     return data
 
 
-def _check_columns(columns):
+def _check_columns(columns: tuple[Any, ...]) -> None:
     lengths = {len(x) for x in columns if isinstance(x, Tensor | np.ndarray) and x.ndim}
     if len(lengths) > 1:
         raise ValueError(
@@ -58,33 +66,39 @@ def _check_columns(columns):
         )
 
 
-def in_memory(data):
-    """The tensor that a TensorDataset has as its inputs; other data as they are."""
-    return data.tensors[0] if isinstance(data, TensorDataset) else data
-
-
-def _check_order(loader):
+def _check_order(loader: DataLoader[Any]) -> None:
     for sampler in (loader.sampler, getattr(loader.batch_sampler, "sampler", None)):
         if isinstance(sampler, _SHUFFLING) or getattr(sampler, "shuffle", False) is True:
             raise ValueError(
-                f"data must come in one order, in which the rows of the store are counted; this DataLoader shuffles "
-                f"(its sampler is a {type(sampler).__name__}): pass one with shuffle=False"
+                "data must come in the same order each time, because row i of the store belongs to row i of the data; "
+                f"this DataLoader shuffles (its sampler is a {type(sampler).__name__}): pass one with shuffle=False"
             )
 
 
-def reads_in_order(loader) -> bool:
+def inputs_of_tensor_dataset(data: Any) -> Any:
+    """The inputs of a TensorDataset, its first tensor; other data are returned unchanged."""
+    return data.tensors[0] if isinstance(data, TensorDataset) else data
+
+
+def dataset_length(dataset: Dataset[Any]) -> int:
+    """The number of items of a map-style Dataset."""
+    return len(dataset)  # type: ignore[arg-type]  # torch's base class does not declare __len__
+
+
+def reads_in_order(loader: DataLoader[Any]) -> bool:
     """Whether a loader's rows are its dataset's items, each once and in their order."""
     batch_sampler = loader.batch_sampler
+    dataset: object = loader.dataset
     return (
         type(batch_sampler) is BatchSampler
         and not batch_sampler.drop_last
         and type(batch_sampler.sampler) is SequentialSampler
-        and batch_sampler.sampler.data_source is loader.dataset
+        and batch_sampler.sampler.data_source is dataset
     )
 
 
-def batch_inputs(source):
-    """The inputs of every batch of an iterable."""
+def inputs_of_batches(source: Iterable[Any]) -> Iterator[Inputs]:
+    """The inputs of every batch of an iterable: the batch itself, or its first column."""
     collated = isinstance(source, DataLoader) and source.batch_sampler is not None  # the first dimension is the rows
     for number, batch in enumerate(source):
         inputs = batch[0] if isinstance(batch, tuple | list) and batch else batch
@@ -102,16 +116,16 @@ def batch_inputs(source):
         yield inputs
 
 
-def batches(source, start, batch_size):
-    """The batches of inputs from row ``start`` on."""
+def inputs_from_row(source: Source, start: int, batch_size: int) -> Iterator[Inputs]:
+    """Batches of the inputs from row ``start`` on; ``batch_size`` is not used for an iterable of batches."""
     if isinstance(source, Tensor | np.ndarray):
         for first in range(start, len(source), batch_size):
             yield source[first : first + batch_size]
         return
     if isinstance(source, Dataset):
-        rest = Subset(source, range(start, len(source)))
+        rest = Subset(source, range(start, dataset_length(source)))
         source, start = DataLoader(rest, batch_size=batch_size, generator=torch.Generator()), 0
-    for inputs in batch_inputs(source):
+    for inputs in inputs_of_batches(source):
         skipped = min(start, len(inputs))
         start -= skipped
         if skipped < len(inputs):

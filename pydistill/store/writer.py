@@ -1,50 +1,67 @@
-"""Rows on their way to disk: one builder at a time, and what the manifest speaks of is there before it speaks."""
+"""Writes the rows of a store, one builder at a time. Rows are synced to disk before the manifest records them."""
 
 import errno
 import os
 import time
 import zlib
+from collections.abc import Iterator
 from contextlib import contextmanager
 from io import FileIO
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from pydistill.store.digests import as_bytes
-from pydistill.store.layout import as_columns, file_specs, layout_of
-from pydistill.store.manifest import FORMAT, check_files, replace_manifest
+from pydistill.store.layout import Layout, as_columns, file_specs, layout_of
+from pydistill.store.manifest import FORMAT, Manifest, Placement, check_files, replace_manifest
+from pydistill.store.request import Request
+from pydistill.targets import SoftTargets
 
-# A kill loses at most this much work. Syncing the files and the manifest took 20 to 40 ms: after every batch, a small
-# teacher's build took twice as long.
+# A kill loses at most this much work. Syncing the files and the manifest took 20 to 40 ms; with a sync after every
+# batch, building from a small teacher took twice as long.
 _SECONDS_BETWEEN_SYNCS = 1.0
 
 
-class Writer:
-    """Appends batches to the files of a store, and records in the manifest how far they are on disk."""
+class _Progress(NamedTuple):
+    """The rows appended so far, the files' checksums, and whether a probability was 0: replaced in one assignment.
 
-    def __init__(self, folder, manifest, request, rows):
+    One assignment, because an interrupt between several would leave checksums that do not fit the rows.
+    """
+
+    rows: int
+    checksums: dict[str, int]
+    has_zeros: bool
+
+
+class Writer:
+    """Appends batches to the files of a store, and records in the manifest how many rows are on disk."""
+
+    def __init__(self, folder: Path, manifest: Manifest | None, request: Request, rows: int) -> None:
         self._folder, self._request, self._rows = folder, request, rows
-        self._files, self._layout, self._entries = {}, None, {}
-        self._state = (0, {}, False)  # rows, checksums, zeros: one assignment, so that no interrupt can split them
+        self._layout: Layout | None = None
+        self._files: dict[str, FileIO] = {}
+        self._placements: dict[str, Placement] = {}
+        self._progress = _Progress(0, {}, False)
         self._synced, self._sync_time = 0, time.monotonic()
         if manifest is None or not manifest["rows_written"]:
             return
         check_files(folder, manifest, checksums=True)
-        self._layout, self._entries = manifest["layout"], manifest["files"]
-        self._synced = manifest["rows_written"]
-        self._state = (
-            self._synced,
-            {name: entry["crc32"] for name, entry in self._entries.items()},
-            manifest["has_zeros"],
-        )
-        self._files = {name: FileIO(folder / name, "r+") for name in self._entries}
+        entries = manifest["files"]
+        self._layout, self._synced = manifest["layout"], manifest["rows_written"]
+        for name, entry in entries.items():
+            self._placements[name] = {"header": entry["header"], "row_bytes": entry["row_bytes"]}
+        checksums = {name: entry["crc32"] for name, entry in entries.items()}
+        self._progress = _Progress(self._synced, checksums, manifest["has_zeros"])
+        self._files = {name: FileIO(folder / name, "r+") for name in entries}
 
     @property
     def written(self) -> int:
         """Rows appended so far, on disk or not."""
-        return self._state[0]
+        return self._progress.rows
 
-    def append(self, targets):
-        """Write a batch behind the rows that are there; now and then everything is synced."""
+    def append(self, targets: SoftTargets) -> None:
+        """Write a batch behind the rows that are there, and sync if the last sync was long ago."""
         shape = [self._rows, *targets.shape[1:]]
         layout = layout_of(targets, shape, self._request["dtype"])
         columns = as_columns(targets, layout["dtype"], self.written)
@@ -53,38 +70,38 @@ class Writer:
                 self._create(layout)
             elif layout != self._layout:
                 raise ValueError(
-                    f"teacher must give outputs of one form; at row {self.written} they became {layout}, after "
+                    f"teacher must give outputs of one form; from row {self.written} on it is {layout}, before that "
                     f"{self._layout}"
                 )
-            written, checksums, zeros = self._state
+            rows, checksums, has_zeros = self._progress
             checksums = dict(checksums)
             for name, column in columns.items():
-                entry, content = self._entries[name], memoryview(as_bytes(column))
-                _write_at(self._files[name], entry["header"] + written * entry["row_bytes"], content)
+                place, content = self._placements[name], as_bytes(column).data
+                _write_at(self._files[name], place["header"] + rows * place["row_bytes"], content)
                 checksums[name] = zlib.crc32(content, checksums[name])
-            self._state = (written + len(targets), checksums, zeros or targets.has_zeros)
+            self._progress = _Progress(rows + len(targets), checksums, has_zeros or targets.has_zeros)
         if time.monotonic() - self._sync_time >= _SECONDS_BETWEEN_SYNCS:
             self.sync()
 
-    def sync(self):
-        """Everything appended so far to disk, then the manifest that says so."""
-        if self.written == self._synced:
+    def sync(self) -> None:
+        """Sync every row appended so far to disk, then record them in the manifest."""
+        if self._layout is None or self.written == self._synced:
             return
         with _write_errors(self._folder):
             for file in self._files.values():
                 os.fsync(file.fileno())
-            self._write_manifest()
+            self._write_manifest(self._layout)
         self._synced, self._sync_time = self.written, time.monotonic()
 
-    def close(self):
-        """Close the files; nothing is synced."""
+    def close(self) -> None:
+        """Close the files without a sync."""
         for file in self._files.values():
             file.close()
 
-    def _create(self, layout):
-        """The files, at their full size. The manifest comes first, as the sign that the folder is a store's."""
+    def _create(self, layout: Layout) -> None:
+        """Create the files at their full size. The manifest is written first: it marks the folder as a store."""
         self._layout = layout
-        self._write_manifest()
+        self._write_manifest(layout)
         checksums = {}
         try:
             for name, (dtype, shape) in file_specs(layout).items():
@@ -95,36 +112,36 @@ class Writer:
                 _claim(file, header + shape[0] * row_bytes)
                 file.seek(0)
                 checksums[name] = zlib.crc32(file.read(header))
-                self._entries[name] = {"header": header, "row_bytes": row_bytes}
+                self._placements[name] = {"header": header, "row_bytes": row_bytes}
         except OSError:
-            for name in file_specs(layout):  # they hold nothing yet, and their space may be what others lack
+            for name in file_specs(layout):  # they hold no rows yet, and a full disk needs their space
                 (self._folder / name).unlink(missing_ok=True)
             raise
-        self._state = (0, checksums, False)
+        self._progress = _Progress(0, checksums, False)
 
-    def _write_manifest(self):
-        written, checksums, zeros = self._state
+    def _write_manifest(self, layout: Layout) -> None:
+        rows, checksums, has_zeros = self._progress
         replace_manifest(
             self._folder,
             {
                 "format": FORMAT,
                 "request": self._request,
-                "layout": self._layout,
-                "rows_written": written,
-                "has_zeros": zeros,
-                "files": {name: entry | {"crc32": checksums[name]} for name, entry in self._entries.items()},
+                "layout": layout,
+                "rows_written": rows,
+                "has_zeros": has_zeros,
+                "files": {name: {**place, "crc32": checksums[name]} for name, place in self._placements.items()},
             },
         )
 
 
-def _write_at(file, offset, content):
+def _write_at(file: FileIO, offset: int, content: memoryview) -> None:
     file.seek(offset)
     while content:
         content = content[file.write(content) :]
 
 
-def _claim(file, size):
-    """Space for the whole file, now: a full disk should stop the build before the teacher has run for hours."""
+def _claim(file: FileIO, size: int) -> None:
+    """Claim space for the whole file now: a full disk should stop the build before the teacher has run for hours."""
     if not hasattr(os, "posix_fallocate"):
         return
     try:
@@ -135,21 +152,25 @@ def _claim(file, size):
 
 
 @contextmanager
-def _write_errors(folder):
+def _write_errors(folder: Path) -> Iterator[None]:
+    """Add the folder to an OSError, and how to continue."""
     try:
         yield
     except OSError as error:
         raise OSError(
             error.errno,
-            f"{error.strerror or error}, while writing the teacher store; what was recorded is safe, and "
-            "TeacherStore.build with the same arguments goes on from there",
+            f"{error.strerror or error}, while writing the teacher store; the rows already recorded are safe, and "
+            "TeacherStore.build with the same arguments continues after them",
             str(folder),
         ) from error
 
 
 @contextmanager
-def locked(folder):
-    """One builder at a time. The system drops the lock with the process, however it ends."""
+def locked(folder: Path) -> Iterator[None]:
+    """Lock the folder for one builder. The operating system releases the lock when the process ends, however it ends.
+
+    Only POSIX has such locks; elsewhere nothing happens.
+    """
     if os.name != "posix":
         yield
         return

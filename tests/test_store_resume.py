@@ -293,7 +293,7 @@ class TestFullDisk:
 
         assert not run_child(build)
         assert list(contents(tmp_path)) == ["manifest.json"]  # nothing that takes space
-        with pytest.raises(ValueError, match=r"unfinished: it holds 0 of 150 rows.*build starts again from the first row$"):
+        with pytest.raises(ValueError, match=r"it holds 0 of 150 rows.*build starts again from the first row$"):
             TeacherStore.open(tmp_path)
         assert len(TeacherStore.build(tmp_path, teacher, inputs, k=3)) == ROWS  # fits, and is not refused
 

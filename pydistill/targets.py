@@ -13,6 +13,7 @@ from torch import Tensor
 from pydistill._arguments import check_flag, check_integer, lost_storage, no_storage
 
 Tail: TypeAlias = Literal["renormalize", "bucket"]
+# The indices that a tensor accepts: a row, a slice, a mask, row numbers, or a tuple of them for several dimensions.
 RowIndex: TypeAlias = SupportsIndex | slice | Tensor | NDArray[Any] | Sequence[int] | tuple[Any, ...]
 
 SUM_TOLERANCE = 1e-3  # of probabilities that sum to 1; csrc/evaluate.cpp has the same number
@@ -277,7 +278,8 @@ def looks_like_probabilities(logits: Tensor) -> bool:
     if logits.numel() == 0 or logits.shape[-1] == 1:
         return False
     row = logits.reshape(-1, logits.shape[-1])[0]
-    return bool((row >= 0).all()) and abs(float(row.sum(dtype=torch.float64)) - 1) <= SUM_TOLERANCE
+    total = float(row.sum(dtype=torch.float64))
+    return bool((row >= 0).all()) and 1 - SUM_TOLERANCE <= total <= 1 + SUM_TOLERANCE
 
 
 def _log_partition(logits: Tensor, temperature: object) -> Tensor:

@@ -1,5 +1,6 @@
 """Teachers: targets that the row's own label did not shape, in the right columns, as logits where there are any."""
 
+import math
 import sys
 import warnings
 
@@ -40,6 +41,7 @@ from sklearn.tree import DecisionTreeClassifier
 from torch import nn
 
 import pydistill
+from pydistill.targets import looks_like_probabilities
 from pydistill.teachers import soft_targets, teacher_outputs
 
 
@@ -652,6 +654,25 @@ class TestModules:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             teacher_outputs(softmax[:2], images)
+
+    @pytest.mark.parametrize(
+        ("logits", "expected"),
+        [
+            ([[0.25, 0.75], [-3.0, 9.0]], True),  # the first row decides
+            ([[[0.5, 0.5]], [[7.0, 8.0]]], True),
+            ([[0.5, 0.501]], True),
+            ([[0.5, 0.499]], True),
+            ([[0.5, 0.502]], False),
+            ([[0.5, 0.498]], False),
+            ([[1.5, -0.5]], False),
+            ([[math.nan, 1.0]], False),
+            ([[1.0]], False),  # the logit of a single class
+            ([], False),
+        ],
+    )
+    def test_the_rule_for_probabilities(self, logits, expected):
+        """The compiled core has the same bounds; all backends are compared where the loss warns."""
+        assert looks_like_probabilities(torch.tensor(logits, dtype=torch.float64)) is expected
 
     @pytest.mark.parametrize(
         ("module", "message"),

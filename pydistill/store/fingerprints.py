@@ -29,7 +29,7 @@ UNCHECKED_CALLABLE = "a callable"  # the fingerprint of a callable without finge
 _SAMPLED_ITEMS = 64
 
 
-def measure(source: Source) -> tuple[int, str]:
+def data_fingerprint(source: Source) -> tuple[int, str]:
     """The number of rows of the data, and their fingerprint."""
     if isinstance(source, DataLoader) and reads_in_order(source):
         source = inputs_of_tensor_dataset(source.dataset)

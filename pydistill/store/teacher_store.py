@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pydistill._arguments import check_count
 from pydistill.store.building import fill
-from pydistill.store.fingerprints import Teacher, measure, teacher_fingerprint
+from pydistill.store.fingerprints import Teacher, data_fingerprint, teacher_fingerprint
 from pydistill.store.layout import DTypeName, file_specs
 from pydistill.store.manifest import (
     Manifest,
@@ -139,12 +139,8 @@ class TeacherStore:
         """
         options, batch_size = check_options(k, temperatures, tail, dtype), check_count("batch_size", batch_size)
         source = as_source(data, batch_size)
-        rows, data_fingerprint = measure(source)
-        request: Request = {
-            **options,
-            "data": data_fingerprint,
-            "teacher": teacher_fingerprint(teacher, fingerprint),
-        }
+        rows, data_digest = data_fingerprint(source)
+        request: Request = {**options, "data": data_digest, "teacher": teacher_fingerprint(teacher, fingerprint)}
         folder = Path(folder).absolute()
         folder.mkdir(parents=True, exist_ok=True)
         with locked(folder):
@@ -198,7 +194,7 @@ class TeacherStore:
             )
         given: dict[str, object] = {}
         if data is not None:
-            given["data"] = measure(as_source(data))[1]
+            given["data"] = data_fingerprint(as_source(data))[1]
         if teacher is not None:
             given["teacher"] = teacher_fingerprint(teacher, fingerprint)
         check_same(folder, manifest["request"], given)

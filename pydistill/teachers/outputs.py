@@ -82,11 +82,11 @@ def soft_targets(
         cv: number of folds, stratified and in the rows' order as in scikit-learn, or a splitter, or an iterable of
             ``(train, test)`` indices, as ``GroupKFold(5).split(X, y, groups)`` gives it.
         in_sample: take the fitted estimator's outputs for X as they are, although it has seen these rows. Warns.
-        sample_weight: ``(N,)``, finite and >= 0. The weights are passed to ``fit`` if it takes weights: to every step
-            of a Pipeline that does; with metadata routing enabled, to what requests them. If it does not, a warning
-            says so, and the refits are on the rows of positive weight, without weights. Rows of weight 0 are removed
-            before anything else: they are in no fold, their labels are not among the classes, and their targets are
-            uniform. Row numbers in ``cv`` are still those of all rows.
+        sample_weight: ``(N,)``, finite and >= 0. The weights are passed to ``fit`` if it takes weights: in a Pipeline
+            to every step that takes them; with metadata routing enabled, to every object that requests them. If ``fit``
+            takes no weights, a warning says so, and the estimator is refitted on the rows of positive weight, without
+            weights. Rows of weight 0 are removed before anything else: they are in no fold, their labels are not among
+            the classes, and their targets are uniform. Row numbers in ``cv`` still count all rows.
 
     Returns:
         SoftTargets: ``(N, C)``, float32, on the CPU. Column j is class ``numpy.unique(y)[j]``, whatever the order of

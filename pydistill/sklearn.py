@@ -20,8 +20,9 @@ from pydistill.teachers.estimators import (
     other_classes,
     usable_weight,
 )
+from pydistill.teachers.folds import counted_folds
 from pydistill.teachers.label_codes import for_labels
-from pydistill.teachers.outputs import counted_folds, soft_targets, teacher_outputs
+from pydistill.teachers.outputs import soft_targets, teacher_outputs
 from pydistill.trainer.checks import check_lone_row
 from pydistill.trainer.loop import Trainer
 

@@ -1,9 +1,8 @@
 """Soft targets from trained teachers: scikit-learn classifiers, XGBoost, torch modules."""
 
 import warnings
-from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, Protocol, TypeAlias
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 
 from pydistill._arguments import check_count
 from pydistill._torch_modules import as_input, float_dtype, mode
-from pydistill._wording import about, few
+from pydistill._wording import about
 from pydistill.targets import PROBABILITIES_TAKEN_AS_LOGITS, SoftTargets, looks_like_probabilities
 from pydistill.teachers.estimators import (
     Estimator,
@@ -25,6 +24,7 @@ from pydistill.teachers.estimators import (
     split_steps,
     usable_weight,
 )
+from pydistill.teachers.folds import Folds, counted_folds, fold_indices
 
 # Classifiers whose decision values are logits: the softmax of these values (of [0, d] for one column d) is
 # predict_proba. SVC is not among them, whose decision values are distances or votes, nor AdaBoost, which scales them.
@@ -40,17 +40,6 @@ _IN_SAMPLE = (
     "random forest especially), so its targets add little to the labels. Without in_sample each row's targets come "
     "from a refit that did not see the row"
 )
-
-
-class Splitter(Protocol):
-    """A cross-validation splitter of scikit-learn, such as KFold."""
-
-    def split(self, X: Any, y: Any, groups: Any = ...) -> Iterable[Any]:
-        """Pairs (train, test) of arrays of row numbers."""
-        ...
-
-
-Folds: TypeAlias = int | Splitter | Iterable[Sequence[ArrayLike]]
 
 
 def soft_targets(
@@ -196,7 +185,7 @@ def _out_of_fold(
     from sklearn.base import clone
 
     logits = torch.empty(len(y), len(classes))
-    for train, test in _splits(X, y, classes, cv):
+    for train, test in fold_indices(X, y, classes, cv):
         fitted = fit_weighted(clone(estimator), _take(X, train), y[train], None if weight is None else weight[train])
         logits[test] = _in_columns(_logits(fitted, _take(X, test)), fitted, classes)
     return logits
@@ -217,62 +206,6 @@ def _out_of_bag(
             "oob_score=False for targets out of fold"
         )
     return _in_columns(_log(probs), fitted, classes)
-
-
-def counted_folds(cv: Folds, counts: NDArray[np.bool_]) -> Folds:
-    """Folds over the rows that count; splits that hold row numbers among all rows are renumbered."""
-    from sklearn.model_selection import PredefinedSplit
-
-    if isinstance(cv, PredefinedSplit):
-        splits = cv.split()
-    elif not isinstance(cv, Iterable) or hasattr(cv, "split"):
-        return cv  # it gets the rows that count, and no others
-    else:
-        splits = cv
-    places: NDArray[np.intp] = np.cumsum(counts) - 1
-    return [tuple(_renumbered(part, counts, places) for part in split) for split in splits]
-
-
-def _renumbered(rows: ArrayLike, counts: NDArray[np.bool_], places: NDArray[np.intp]) -> NDArray[np.intp]:
-    numbers = np.asarray(rows)
-    if numbers.size and not (numbers.dtype.kind in "iu" and numbers.min() >= 0 and numbers.max() < len(counts)):
-        raise ValueError(f"cv must hold numbers of rows, from 0 to {len(counts) - 1}, got {few(numbers.tolist())}")
-    numbers = numbers.astype(np.intp)
-    new: NDArray[np.intp] = places[numbers[counts[numbers]]]
-    return new
-
-
-def _splits(
-    X: EstimatorInput, y: NDArray[Any], classes: NDArray[Any], cv: Folds
-) -> list[tuple[NDArray[Any], NDArray[Any]]]:
-    """The folds as a list of (train, test) indices; every rule is checked before anything is fitted."""
-    from sklearn.model_selection import StratifiedKFold, check_cv
-
-    folds = check_cv(cv, y, classifier=True)
-    if isinstance(folds, StratifiedKFold):
-        counts = np.unique(y, return_counts=True)[1]
-        if counts.min() < folds.n_splits:
-            raise ValueError(
-                f"y must hold at least {folds.n_splits} rows of each class, one for each fold; it holds {counts.min()} "
-                f"of class {classes.tolist()[counts.argmin()]!r}. Use fewer folds (cv=)"
-            )
-    splits = list(folds.split(X, y))
-    held_out = np.sort(np.concatenate([test for _, test in splits]))
-    if not np.array_equal(held_out, np.arange(len(y))):
-        raise ValueError(
-            f"cv must hold out each of the {len(y)} rows once; it holds out {len(held_out)}, of which "
-            f"{len(np.unique(held_out))} are different"
-        )
-    for number, (train, test) in enumerate(splits):
-        if np.intersect1d(train, test).size:
-            raise ValueError(f"cv must not train on the rows that it holds out, as fold {number} does")
-        missing = np.setdiff1d(classes, y[train])
-        if missing.size:
-            raise ValueError(
-                f"cv must leave every class in the training rows; fold {number} has none of class "
-                f"{missing.tolist()[0]!r}"
-            )
-    return splits
 
 
 def _logits(estimator: Estimator, X: EstimatorInput) -> Tensor:

@@ -277,7 +277,7 @@ class TestClasses:
         raw, scaled = (RandomForestClassifier(20, random_state=1).fit(x, y) for x in (X, whole[:-1].transform(X)))
         assert quick(whole, raw, X, y).teacher.accuracy > 0.95
         hint = r"make_pipeline\(\*student\[:-1\], teacher\)$"
-        with pytest.warns(UserWarning, match=rf"teacher is right for 0\.\d+ of .* for 0\.399: .*{hint}"):
+        with pytest.warns(UserWarning, match=rf"teacher has an accuracy of 0\.\d+; .* has 0\.399\. .*{hint}"):
             assert quick(whole, scaled, X, y).teacher.accuracy < 0.4
         with warnings.catch_warnings():
             warnings.simplefilter("error")
@@ -374,7 +374,7 @@ class TestBadInput:
             (0, [], r"X must hold at least one row"),
             (3, [0, 10, 1], r"y must hold the student's classes, \[0, .*; row 1 holds 10"),
             (3, [0, 1, -100], r"row 2 holds -100"),
-            (2, [[0, 1], [1, 0]], r"y must be 1-D, a label per row; got shape \(2, 2\)"),
+            (2, [[0, 1], [1, 0]], r"y must be 1-D, one label per row, got shape \(2, 2\)"),
         ],
     )
     def test_rows_and_labels(self, digits, rows, labels, message):
@@ -383,30 +383,46 @@ class TestBadInput:
 
     def test_a_teacher_with_other_classes(self, digits, forest):
         _, X_test, _, y_test = digits
-        with pytest.raises(ValueError, match=r"teacher must have the student's 4 classes, it has 10"):
+        with pytest.raises(ValueError, match=r"teacher must have the student's 4 classes, got 10"):
             report(nn.Linear(64, 4), forest, X_test, y_test)
         named = Scorer([str(k) for k in range(10)], np.eye(10))
-        with pytest.raises(ValueError, match=r"teacher must have the student's classes, \['0', .*; it has \[0, "):
+        with pytest.raises(ValueError, match=r"teacher must have the student's classes, \['0', .*, got \[0, "):
             report(named, Scorer(range(10), np.eye(10)), np.arange(10)[:, None], y_test[:10])
 
     def test_models_of_other_kinds(self, digits, forest):
         _, X_test, _, y_test = digits
-        with pytest.raises(TypeError, match=r"student must be a torch.nn.Module or have predict_proba, got str"):
+        with pytest.raises(TypeError, match=r"student must be a torch.nn.Module or a fitted classifier .*, got str; "):
             report("student", forest, X_test, y_test)
-        with pytest.raises(
-            TypeError, match=r"teacher must be a torch.nn.Module or have predict_proba, got StandardScaler"
-        ):
+        with pytest.raises(TypeError, match=r"teacher must be a torch.nn.Module, .* or None, got StandardScaler; "):
             report(nn.Linear(64, 10), StandardScaler(), X_test, y_test)
-        with pytest.raises(
-            TypeError, match=r"student must map 400 rows to \(400, C\) numbers, got Tensor of shape \(400,"
-        ):
+        with pytest.raises(TypeError, match=r"teacher must be .*, got the class RandomForestClassifier: pass an inst"):
+            report(nn.Linear(64, 10), RandomForestClassifier, X_test, y_test)
+        with pytest.raises(TypeError, match=r"student must map 400 rows to \(400, C\) .*, got Tensor of shape \(400,"):
             report(nn.Sequential(nn.Linear(64, 1), nn.Flatten(0)), None, X_test, y_test)
-        with pytest.raises(ValueError, match=r"student must not give NaN, as it does for row 0"):
+        with pytest.raises(ValueError, match=r"student must not give NaN, got NaN for row 0"):
             report(nn.Sequential(nn.Linear(64, 10), nn.Threshold(9e9, float("nan"))), None, X_test, y_test)
         with pytest.raises(ValueError, match=r"batch_sizes must be integers of at least 1, got 0"):
             report(nn.Linear(64, 10), None, X_test, y_test, batch_sizes=(0,))
         with pytest.raises(ValueError, match=r"batch_sizes must be a sequence of integers, such as \(1, 256\), got 32"):
             report(nn.Linear(64, 10), None, X_test, y_test, batch_sizes=32)
+
+    def test_arguments_in_another_order(self, digits, forest):
+        _, X, _, y = digits
+        student, order = nn.Linear(64, 10), r"the order is report\(student, teacher, X, y\)"
+        for arguments, message in [
+            ((None, forest, X, y), "student must be .*, got NoneType; .*, and only teacher may be None"),
+            ((X, y, student, forest), "student must be .*, got ndarray; "),
+            ((student, X, y, forest), "teacher must be .*, got ndarray; "),
+            ((student, X, forest, y), "teacher must be .*, got ndarray; "),
+        ]:
+            with pytest.raises(TypeError, match=message) as caught:
+                report(*arguments)
+            caught.match(order)
+        for labels, got in [(X, r"shape \(400, 64\)"), (None, "NoneType")]:
+            with pytest.raises(ValueError, match=rf"y must be 1-D, one label per row, got {got}; {order}"):
+                report(student, forest, y, labels)
+        with pytest.raises(ValueError, match=r"X must be a tensor, an array or a DataFrame .*, got NoneType$"):
+            report(student, forest, None, y)
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""Scores of a student beside those of its teacher."""
+"""Reports that compare a student with its teacher."""
 
 from pydistill.evaluation.result import Report
 from pydistill.evaluation.scoring import report

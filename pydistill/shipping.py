@@ -1,4 +1,4 @@
-"""Save and load students: a file is whole or not there, and a student is filled as a whole or not at all."""
+"""Save and load students atomically: each file is replaced as a whole, a module is filled completely or not at all."""
 
 import errno
 import hashlib
@@ -7,8 +7,12 @@ import os
 import re
 import shutil
 from collections import Counter
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from io import BufferedReader
+from os import PathLike
 from pathlib import Path
+from typing import Any, TypedDict, TypeVar
 
 import numpy as np
 import torch
@@ -23,28 +27,38 @@ from pydistill.store.digests import as_bytes
 
 _FORMAT = 1
 _TENSORS, _DOCUMENT = "student.safetensors", "student.json"
-_UNFINISHED = "student.new"  # a folder: safetensors writes to a file with a name of its own, which a kill leaves behind
+_UNFINISHED = "student.new"  # a folder: safetensors writes to a temporary file of its own, which a kill leaves behind
 _DOCUMENT_FORM = {"class": str, "tensors": dict, "tied": [[str]]}  # what load_student reads, besides format and sha256
 _TENSOR_FORM = {"dtype": str, "shape": [int]}
 
+_Module = TypeVar("_Module", bound=nn.Module)
 
-def save_student(student, folder, *, metadata=None) -> Path:
+
+class _Layout(TypedDict):
+    """The shape and dtype of one tensor, as in the document."""
+
+    dtype: str
+    shape: list[int]
+
+
+def save_student(student: nn.Module, folder: str | PathLike[str], *, metadata: object = None) -> Path:
     """Write a student as ``student.safetensors`` and ``student.json``, without pickle.
 
-    The JSON holds the format's version, the class's name, the shapes and dtypes of all tensors, the number of
-    parameters, the file's bytes and SHA-256, the versions of pydistill and torch, and ``metadata``. It describes the
-    student and does not build it: :func:`load_student` needs a module of the same make.
+    The JSON document holds the version of the format, the name of the student's class, the shapes and dtypes of all
+    tensors, the number of parameters, the size and SHA-256 of the tensor file, the versions of pydistill and torch, and
+    ``metadata``. It describes the student but cannot build it: :func:`load_student` needs a module of the same
+    architecture.
 
-    A student that is already in the folder is replaced as a whole. Both files are written and flushed under other names
-    and then renamed; until then the old student is untouched, and one that is killed in between leaves a student that
-    loads, the old or the new.
+    A student that is already in the folder is replaced atomically. Both files are written and flushed under other names
+    and then renamed. Until then the old student is unchanged; if the process is killed in between, the folder holds a
+    student that can be loaded, the old one or the new one.
 
     Args:
-        student: a module; of a DistilledClassifier its ``student_``, of a skorch net its ``module_``. What its
-            ``state_dict`` holds is saved, tied parameters once; whether it is in training or eval mode is not. Of what
-            ``torch.compile`` gives the plain module is saved, and loads into either.
-        folder: made if need be.
-        metadata: anything that JSON can hold, such as the names of the classes; read it with
+        student: a module. For a DistilledClassifier pass its ``student_``, for a skorch net its ``module_``. The
+            contents of its ``state_dict`` are saved, tied parameters once. Training or eval mode is not saved. For a
+            module from ``torch.compile`` the original module is saved, and can be loaded into either.
+        folder: it is created if it does not exist.
+        metadata: anything that JSON can hold, such as the names of the classes. Read it with
             ``json.loads(Path(folder, "student.json").read_text())["metadata"]``.
 
     Returns:
@@ -52,11 +66,11 @@ def save_student(student, folder, *, metadata=None) -> Path:
 
     Raises:
         ImportError: safetensors is not installed.
-        TypeError: student is not a module, or its state is not of dense tensors alone, whose dtypes safetensors has;
-            metadata that JSON cannot hold.
-        ValueError: a student without numbers: on the meta device, or with lazy modules that have not run yet.
-        OSError: the disk is full, or the folder cannot be written. The message says whether the old student is still
-            there or the new one already; it is whole.
+        TypeError: student is not a module, or its state holds something other than dense tensors of dtypes that
+            safetensors supports; folder is not a path; metadata cannot be written as JSON.
+        ValueError: student has tensors without data: on the meta device, or in lazy modules that have not run yet.
+        OSError: the disk is full, or the folder cannot be written. The message says whether the folder holds the old
+            student or the new one; that student is complete.
 
     Example:
         >>> import tempfile, torch, pydistill
@@ -70,14 +84,13 @@ def save_student(student, folder, *, metadata=None) -> Path:
         True
         >>> folder.cleanup()
     """
-    student = _plain_module(student)
+    folder, student = _check_folder(folder, "save_student(student, folder)"), _plain_module(student)
     save_file = safetensors_torch().save_file
     from safetensors import SafetensorError
 
     state = _state_of(student)
     document = _describe_student(student, state, metadata)
     content, others = _content(state, document["tied"])
-    folder = Path(folder)
     pending, workplace = unfinished_path(folder / _DOCUMENT), folder / _UNFINISHED
     unfinished = workplace / _TENSORS
     folder.mkdir(parents=True, exist_ok=True)
@@ -91,47 +104,49 @@ def save_student(student, folder, *, metadata=None) -> Path:
             os.fsync(file.fileno())
         document |= {"bytes": unfinished.stat().st_size, "sha256": _sha256(unfinished)}
         write_through(pending, json.dumps(document, indent=2).encode())
-        unfinished.chmod(pending.stat().st_mode)  # that of an ordinary file; safetensors' own only its owner can read
+        unfinished.chmod(pending.stat().st_mode)  # as for other files: safetensors lets only the owner read its file
         os.replace(unfinished, folder / _TENSORS)
-    except (OSError, SafetensorError) as error:  # safetensors raises its own for a full disk
+    except (OSError, SafetensorError) as error:  # on a full disk safetensors raises its own error
         shutil.rmtree(workplace, ignore_errors=True)
         with suppress(OSError):
             pending.unlink()
-        message = f"the student was not written to {folder}, what was there is whole: {error}"
+        message = f"the student was not written to {folder}; a student that was there is unchanged: {error}"
         raise OSError(_error_number(error), message) from error
-    # From here on the new student counts: its document is found under either name. The flush keeps the order of the two
-    # renames, also when the power fails.
+    # From here on the folder holds the new student: load_student finds its document under either name. The flush keeps
+    # the two renames in order even if the power fails.
     try:
         flush_names(folder)
         os.replace(pending, folder / _DOCUMENT)
         workplace.rmdir()
         flush_names(folder)
     except OSError as error:
-        message = f"the new student is in {folder} and loads, but a power failure may undo that; save it again: {error}"
+        message = (
+            f"the new student is in {folder} and loads, but a power failure could undo this; save it again: {error}"
+        )
         raise OSError(_error_number(error), message) from error
     return folder
 
 
-def load_student(folder, student):
-    """Load what :func:`save_student` wrote into a module of the same make, for use: it is in eval mode afterwards.
+def load_student(folder: str | PathLike[str], student: _Module) -> _Module:
+    """Load a student that :func:`save_student` wrote into a module of the same architecture, and set it to eval mode.
 
-    Everything is checked before the student is changed: the files against their checksum, the tensors in the file
-    against the document, and both against the student. Nothing is converted. After any error the student is what it
-    was, to the bit, and in the mode that it had; for this a copy of it is kept until it is filled.
+    Everything is checked before the student is changed: the tensor file against its checksum, its tensors against the
+    document, and both against the student. Dtypes are not converted. After any error the student is unchanged to the
+    bit, and so is its mode; for this, a copy of the student is kept until it is filled.
 
     Args:
         folder: where the student was saved.
-        student: a module with the same tensors. It is filled in place, on its own device; buffers that ``state_dict``
-            does not hold are left alone. Of what ``torch.compile`` gives the plain module is filled.
+        student: a module with the same tensors. It is filled in place, on its own device. Buffers outside its
+            ``state_dict`` are not changed. For a module from ``torch.compile`` the original module is filled.
 
     Returns:
-        the student, in eval mode; call its ``train()`` to train it further.
+        torch.nn.Module: the same student, in eval mode; call its ``train()`` to train it further.
 
     Raises:
-        FileNotFoundError: no such folder, or a file is missing.
-        ValueError: a damaged file, or two that do not belong together; a format that this version does not know; a
-            student whose tensors are others, have other shapes or dtypes, or are not tied where the saved ones were:
-            the first one is named; one on the meta device, or with lazy modules that have not run yet.
+        FileNotFoundError: the folder does not exist, or a file is missing.
+        ValueError: a file is damaged, or the two do not belong together; the format is unknown to this version; the
+            student has other tensors, shapes or dtypes than the saved one, or ties other tensors (the message names the
+            first difference); the student is on the meta device, or has lazy modules that have not run yet.
         ImportError, TypeError: as for :func:`save_student`.
 
     Example:
@@ -143,13 +158,13 @@ def load_student(folder, student):
         >>> torch.equal(copy.weight, student.weight), copy.training
         (True, False)
     """
-    module = _plain_module(student)
+    folder, module = _check_folder(folder, "load_student(folder, student)"), _plain_module(student)
     safetensors_torch()
-    state, folder = _state_of(module), Path(folder)
+    state = _state_of(module)
     document, tensors = _read_saved(folder)
     _check_content(folder, document, tensors)
     _check_fit(document, state)
-    for names in document["tied"]:  # the file has one of them
+    for names in document["tied"]:  # the file holds one tensor per group
         content = next(tensors[name] for name in names if name in tensors)
         tensors |= dict.fromkeys(names, content)
     with _unchanged_on_error(student):
@@ -158,27 +173,27 @@ def load_student(folder, student):
     return student
 
 
-def _state_of(student) -> dict:
-    """The module's state, of which every tensor can be written and filled."""
+def _state_of(student: nn.Module) -> dict[str, Tensor]:
+    """The module's state dict; every tensor in it can be saved and filled."""
     state = student.state_dict()
     for name, x in state.items():
         if not isinstance(x, Tensor):
-            raise TypeError(f"student must have a state of tensors alone; {name} is {type(x).__name__}")
+            raise TypeError(f"student must have only tensors in its state_dict; {name} is {type(x).__name__}")
         if is_lazy(x):
             raise ValueError(f"student must have run once, so that its lazy modules have shapes; {name} has none yet")
         if x.is_meta:
-            raise ValueError(f"student must be on a device that holds numbers, such as the CPU; {name} is on meta")
+            raise ValueError(f"student must be on a device that holds data, such as the CPU; {name} is on meta")
         if x.layout is not torch.strided:
-            raise TypeError(f"student must have a state of dense tensors; {name} is {x.layout}: use its to_dense()")
-    known = {dtype: _is_storable(dtype) for dtype in {x.dtype for x in state.values()}}
+            raise TypeError(f"student must have dense tensors; {name} is {x.layout}: use its to_dense()")
+    storable = {dtype: _is_storable(dtype) for dtype in {x.dtype for x in state.values()}}
     for name, x in state.items():
-        if not known[x.dtype]:
-            raise TypeError(f"student must have dtypes that safetensors can hold; {name} is {x.dtype}")
+        if not storable[x.dtype]:
+            raise TypeError(f"student must have dtypes that safetensors can store; {name} is {x.dtype}")
     return state
 
 
-def _is_storable(dtype) -> bool:
-    """Whether safetensors can write a dtype; it has no public list of them."""
+def _is_storable(dtype: torch.dtype) -> bool:
+    """Whether safetensors can store a dtype; it has no public list of them."""
     try:
         safetensors_torch().save({"x": torch.empty(0, dtype=dtype)})
     except (KeyError, ValueError, RuntimeError):
@@ -186,24 +201,25 @@ def _is_storable(dtype) -> bool:
     return True
 
 
-def _content(state, tied) -> tuple[dict, dict]:
-    """The tensors for the file, those that are tied once; and, as its metadata, under which names the others are."""
+def _content(state: dict[str, Tensor], tied: list[list[str]]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors for the file, one of each tied group; and the file's metadata: the other names, with its name."""
     others = {name: min(names) for names in tied for name in names if name != min(names)}
     kept = {name: x for name, x in state.items() if name not in others}
     sharing = Counter(x.untyped_storage().data_ptr() for x in kept.values())
     tensors = {}
     for name, x in kept.items():
-        shares = sharing[x.untyped_storage().data_ptr()] > 1  # safetensors refuses views of the same memory
+        shares = sharing[x.untyped_storage().data_ptr()] > 1  # safetensors refuses tensors that share memory
         x = x.detach().resolve_conj().resolve_neg().contiguous()
         tensors[name] = x.clone() if shares else x
     return tensors, others
 
 
-def _describe_student(student, state, metadata) -> dict:
+def _describe_student(student: nn.Module, state: dict[str, Tensor], metadata: object) -> dict[str, Any]:
+    """The document, without size and checksum of the tensor file."""
     try:
         json.dumps(metadata, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
-        raise TypeError(f"metadata must be what JSON can hold (arrays as lists): {error}") from error
+        raise TypeError(f"metadata must be what JSON can hold (arrays as lists, no NaN): {error}") from error
     kind = type(student)
     return {
         "format": _FORMAT,
@@ -217,28 +233,28 @@ def _describe_student(student, state, metadata) -> dict:
     }
 
 
-def _layout(state) -> dict:
+def _layout(state: dict[str, Tensor]) -> dict[str, _Layout]:
     return {
         name: {"dtype": str(tensor.dtype).removeprefix("torch."), "shape": list(tensor.shape)}
         for name, tensor in state.items()
     }
 
 
-def _ties(state) -> list:
-    """Groups of names that stand for one tensor."""
-    groups = {}
+def _ties(state: dict[str, Tensor]) -> list[list[str]]:
+    """Groups of names that stand for the same tensor."""
+    groups: dict[Any, list[str]] = {}
     for name, x in state.items():
-        if x.numel():  # empty ones have no memory to share
+        if x.numel():  # empty tensors have no memory to share
             memory = x.device, x.untyped_storage().data_ptr(), x.storage_offset(), x.shape, x.stride()
             key = *memory, x.dtype, x.is_conj(), x.is_neg()
             groups.setdefault(key, []).append(name)
     return [names for names in groups.values() if len(names) > 1]
 
 
-def _read_saved(folder) -> tuple[dict, dict]:
-    """The document and the tensors that belong together, also while another process saves a new student."""
+def _read_saved(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """A document and the tensors that belong to it, even while another process saves a new student."""
     if not folder.is_dir():
-        raise FileNotFoundError(f"folder must hold a saved student, and there is no folder {folder}")
+        raise FileNotFoundError(f"folder must hold a saved student, but there is no folder {folder}")
     for name in (_TENSORS, _DOCUMENT):
         if not (folder / name).exists() and not (name == _DOCUMENT and unfinished_path(folder / name).exists()):
             raise FileNotFoundError(f"folder must hold {_TENSORS} and {_DOCUMENT}; there is no {name} in {folder}")
@@ -252,18 +268,19 @@ def _read_saved(folder) -> tuple[dict, dict]:
                 if _is_same(file, path):
                     raise
                 continue
-            if _is_same(file, path):  # what was hashed is what was read
+            if _is_same(file, path):  # the file that was hashed is the file that was read
                 return document, tensors
 
 
-def _is_same(file, path) -> bool:
+def _is_same(file: BufferedReader, path: Path) -> bool:
+    """Whether the open file is still the one at this path."""
     return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
 
 
-def _matching_document(folder, digest) -> dict:
+def _matching_document(folder: Path, digest: str) -> dict[str, Any]:
     """The document of the tensors with this digest: the one in place, or one whose rename was interrupted."""
     path = folder / _DOCUMENT
-    # A save can rename the second one while the first is read: then the third is it.
+    # Another process may rename the second one to the first one's name after the first was read: hence the third.
     documents = [_parse(x) for x in (path, unfinished_path(path), path)]
     readable = [document for document in documents if document]
     if not readable:
@@ -286,32 +303,35 @@ def _matching_document(folder, digest) -> dict:
     return document
 
 
-def _parse(path) -> dict:
+def _parse(path: Path) -> dict[str, Any]:
+    """A document; an empty one if the file is missing or does not hold a JSON object in UTF-8."""
     try:
         document = parse_json(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):  # no JSON, or no UTF-8
+    except (FileNotFoundError, ValueError):
         return {}
     return document if isinstance(document, dict) else {}
 
 
-def _read_tensors(path) -> dict:
+def _read_tensors(path: Path) -> dict[str, Tensor]:
     from safetensors import SafetensorError
 
     try:
-        return safetensors_torch().load_file(path)
-    except (SafetensorError, KeyError, ValueError, RuntimeError) as error:  # KeyError: a dtype that it does not know
+        tensors: dict[str, Tensor] = safetensors_torch().load_file(path)
+        return tensors
+    except (SafetensorError, KeyError, ValueError, RuntimeError) as error:  # KeyError: a dtype unknown to safetensors
         raise ValueError(f"folder: {path} is damaged, or not a safetensors file: {error}") from error
 
 
-def _settle(folder):
-    """Finish a save that was killed between its two renames; the next one would write over its document."""
+def _settle(folder: Path) -> None:
+    """Finish a save that was killed between its two renames; otherwise the next save would overwrite its document."""
     pending, tensors = unfinished_path(folder / _DOCUMENT), folder / _TENSORS
     if pending.exists() and tensors.exists() and _parse(pending).get("sha256") == _sha256(tensors):
         os.replace(pending, folder / _DOCUMENT)
+        flush_names(folder)
 
 
-def _check_content(folder, document, tensors):
-    """The tensors in the file are those that the document speaks of; of tied ones there is one."""
+def _check_content(folder: Path, document: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    """Check that the file holds the tensors that the document lists, one of each tied group."""
     there, described = _layout(tensors), document["tensors"]
     groups = [*document["tied"], *([name] for name in described.keys() - set().union(*document["tied"]))]
     problem = None
@@ -331,7 +351,8 @@ def _check_content(folder, document, tensors):
         )
 
 
-def _check_fit(document, state):
+def _check_fit(document: dict[str, Any], state: dict[str, Tensor]) -> None:
+    """Check that the student has the tensors, shapes, dtypes and ties of the saved one."""
     saved, own, kind = document["tensors"], _layout(state), document["class"]
     for name in saved:
         if name not in own:
@@ -341,23 +362,24 @@ def _check_fit(document, state):
             if saved[name]["shape"] == own[name]["shape"]:
                 hint = f": load into student.to(torch.{saved[name]['dtype']}) and convert it afterwards"
             raise ValueError(
-                f"student must have the shapes and dtypes of the saved one ({kind}): {name!r} was "
-                f"{_form(saved[name])}, here it is {_form(own[name])}{hint}"
+                f"student must have the shapes and dtypes of the saved one ({kind}): {name!r} was saved as "
+                f"{_form(saved[name])}, got {_form(own[name])}{hint}"
             )
     for name in own:
         if name not in saved:
-            raise ValueError(f"student must have no other tensors than the saved one ({kind}); it has {name!r}")
+            raise ValueError(f"student must have no tensors that the saved one ({kind}) lacks; it has {name!r}")
     if set(map(frozenset, _ties(state))) != set(map(frozenset, document["tied"])):
         raise ValueError(
-            f"student must tie the same tensors as the saved one ({kind}): tied there are "
-            f"{document['tied'] or 'none'}, here {_ties(state) or 'none'}"
+            f"student must tie the same tensors as the saved one ({kind}): saved with {document['tied'] or 'none'}, "
+            f"got {_ties(state) or 'none'}"
         )
 
 
 @contextmanager
-def _unchanged_on_error(student):
-    """If something fails inside, the student has its numbers and its modes back."""
+def _unchanged_on_error(student: nn.Module) -> Iterator[None]:
+    """Restore the student's tensors and modes if an error is raised inside."""
     modes = [(m, m.training) for m in student.modules()]
+    registered: list[tuple[dict[str, Any], dict[str, Any]]]
     registered = [(owner, dict(owner)) for m in student.modules() for owner in (m._parameters, m._buffers)]
     tensors = [(x, x.detach().clone()) for x in (*student.parameters(), *student.buffers())]
     try:
@@ -366,51 +388,58 @@ def _unchanged_on_error(student):
         for owner, before in registered:
             owner.clear()
             owner.update(before)
-        for x, before in tensors:
-            with suppress(RuntimeError), torch.no_grad():  # what cannot be written to has not changed
-                x.copy_(before)
+        for x, copied in tensors:
+            with suppress(RuntimeError), torch.no_grad():  # a tensor that cannot be written to has not changed
+                x.copy_(copied)
         for m, training in modes:
             m.training = training
         raise
 
 
-def _fill(module, tensors, folder):
+def _fill(module: nn.Module, tensors: dict[str, Tensor], folder: Path) -> None:
     try:
         module.load_state_dict(tensors)
     except Exception as error:
-        raise ValueError(f"student could not be filled from {folder}, and is as it was: {error}") from error
+        raise ValueError(f"student could not be filled from {folder} and is unchanged: {error}") from error
     state = module.state_dict()
-    for name, x in tensors.items():  # a module's own loading may change numbers, and views of one memory overwrite them
+    for name, x in tensors.items():  # a module's own loading hooks or shared memory may have changed the values
         if not np.array_equal(as_bytes(state[name]), as_bytes(x)):
             raise ValueError(
-                f"student must hold what is loaded into it, and is as it was: {name!r} became something else. Does it "
-                "share memory with another tensor, or does the module change what it loads?"
+                f"student must keep the values that are loaded into it: {name!r} got other values, and the student is "
+                "unchanged. Does the tensor share memory with another one, or does the module change values on loading?"
             )
 
 
-def _form(layout) -> str:
+def _form(layout: _Layout) -> str:
     return f"{layout['dtype']} {tuple(layout['shape'])}"
 
 
-def _sha256(path) -> str:
+def _sha256(path: Path) -> str:
     with open(path, "rb") as file:
         return _digest(file)
 
 
-def _digest(file) -> str:
+def _digest(file: BufferedReader) -> str:
     return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _plain_module(student) -> nn.Module:
-    """A compiled module keeps the plain one; its own tensors' names begin with ``_orig_mod.``."""
+def _check_folder(folder: object, order: str) -> Path:
+    if not isinstance(folder, str | PathLike):
+        raise TypeError(f"folder must be a path, got {describe(folder)}; the order is {order}")
+    return Path(folder)
+
+
+def _plain_module(student: object) -> nn.Module:
+    """The student; of a compiled module the original, since the compiled one's names begin with ``_orig_mod.``."""
     if isinstance(student, nn.Module):
-        return getattr(student, "_orig_mod", student)
+        original: nn.Module = getattr(student, "_orig_mod", student)
+        return original
     inside = [name for name in ("student_", "module_") if isinstance(getattr(student, name, None), nn.Module)]
-    hint = f": pass its {inside[0]}" if inside else ""
+    hint = f": pass its {inside[0]}" if inside else ": pass an instance" if isinstance(student, type) else ""
     raise TypeError(f"student must be a torch.nn.Module, got {describe(student)}{hint}")
 
 
-def _error_number(error) -> int:
-    """safetensors gives the number in its text alone, as "(os error 28)" for a full disk."""
-    told = re.search(r"\(os error (\d+)\)", str(error))
-    return getattr(error, "errno", None) or (int(told[1]) if told else errno.EIO)
+def _error_number(error: Exception) -> int:
+    """The error's errno; safetensors gives it only in its text, as "(os error 28)" for a full disk."""
+    in_text = re.search(r"\(os error (\d+)\)", str(error))
+    return getattr(error, "errno", None) or (int(in_text[1]) if in_text else errno.EIO)

@@ -3,14 +3,19 @@
 import inspect
 import pickle
 import warnings
+from collections.abc import Callable, Iterable, Sequence
 from copy import copy, deepcopy
 from numbers import Integral
+from os import PathLike
+from typing import Any, Self, TypeAlias
 
 import numpy as np
 import torch
-from torch import nn
+from numpy.typing import ArrayLike, NDArray
+from torch import Tensor, nn
 
-from pydistill._torch_modules import float_dtype
+from pydistill._arguments import check_count
+from pydistill._torch_modules import as_input, float_dtype
 from pydistill.losses import DistillationLoss
 from pydistill.targets import SoftTargets
 from pydistill.teachers.estimators import (
@@ -24,6 +29,7 @@ from pydistill.teachers.folds import counted_folds
 from pydistill.teachers.label_codes import for_labels
 from pydistill.teachers.outputs import soft_targets, teacher_outputs
 from pydistill.trainer.checks import check_lone_row
+from pydistill.trainer.history import History
 from pydistill.trainer.loop import Trainer
 
 try:
@@ -35,60 +41,64 @@ try:
 except ImportError as error:
     raise ImportError("pydistill.sklearn needs scikit-learn: pip install 'pydistill-kd[sklearn]'") from error
 
-_FLOATS = (np.float64, np.float32)  # the teacher gets the features in the precision that they have
+Estimator: TypeAlias = Any  # a classifier of scikit-learn or XGBoost, which have no type information
+Table: TypeAlias = Any  # rows as scikit-learn takes them: an array, a list, a DataFrame, a sparse matrix
+
+_FLOATS = (np.float64, np.float32)  # features keep their precision for the teacher
 _UNLABELED = -100
 _PREDICT_ROWS = 4096
 
 
-class DistilledClassifier(ClassifierMixin, BaseEstimator):
-    r"""A small torch network that learns from a larger classifier and from the labels; a scikit-learn classifier.
+class DistilledClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # scikit-learn has no types
+    r"""A scikit-learn classifier: a small torch network trained with a larger classifier as teacher and with labels.
 
-    ``fit`` gets the teacher's soft targets for each row from a refit that did not see the row
-    (:func:`pydistill.teachers.soft_targets`), fits the teacher on all rows, and trains the student on
+    ``fit`` computes the teacher's soft targets for each row with a refit that did not see the row
+    (:func:`pydistill.teachers.soft_targets`), fits the teacher on all rows, and trains the student with Adam on
 
     .. math::
         \text{alpha}\, T^2\, \mathrm{KL}(\text{teacher}_T, \text{student}_T)
         + (1 - \text{alpha})\, \mathrm{CE}(\text{student}, y)
 
-    with Adam. The student that is made of ``hidden_layer_sizes`` learns in float64, so that rounding does not depend on
-    the order of the rows, and is kept in float32; a student of your own learns in its own precision. ``predict``,
-    ``predict_proba`` (the student's softmax at T = 1) and ``score`` use the student alone.
+    ``predict``, ``predict_proba`` (the student's softmax at T = 1) and ``score`` use only the student. The student that
+    is built from ``hidden_layer_sizes`` is trained in float64, so that rounding does not depend on the order of the
+    rows, and stored in float32. A student passed as ``student`` is trained in its own precision.
 
-    The features are not scaled: put a ``StandardScaler`` before it in a Pipeline; the teacher then gets scaled features
-    too. The teacher gets DataFrames as they are, everything else as an array, and the labels as they are; only
-    XGBClassifier gets their codes, where they are not 0, 1, ... already.
+    The features are not scaled: put a ``StandardScaler`` before the classifier in a Pipeline; the teacher then gets
+    scaled features too. The teacher gets DataFrames unchanged and all other rows as an array. It gets the labels
+    unchanged, except for XGBClassifier, which gets codes if the labels are not 0, 1, ... already.
 
     Args:
-        teacher: any classifier with ``predict_proba``; clones of it are fitted. Two kinds are used as they are, for all
-            rows, and should not have been fitted on those of ``fit``: a ``FrozenEstimator`` around a whole fitted
-            classifier or Pipeline, and a torch module that maps float rows to logits, one per class in sorted order;
-            with a warning if they are right no more often than a constant answer.
-        hidden_layer_sizes: widths of the student's hidden layers, with ReLU between them; () is a linear student.
-        student: another student than that: a function of ``(n_features, n_classes)`` that makes a torch module, or a
+        teacher: any classifier with ``predict_proba``; clones of it are fitted. Two kinds are used without a refit, and
+            should not have been fitted on the rows of ``fit``: a ``FrozenEstimator`` around a complete fitted
+            classifier or Pipeline, and a torch module that maps floating-point rows to logits, one per class in sorted
+            order. A warning is given if such a teacher is correct no more often than a constant prediction.
+        hidden_layer_sizes: widths of the student's hidden layers, with ReLU between them; () gives a linear student.
+        student: replaces that student: a function of ``(n_features, n_classes)`` that returns a torch module, or a
             module, which is copied with its weights. It maps ``(rows, n_features)`` to logits ``(rows, n_classes)``;
             for images begin with ``torch.nn.Unflatten``.
-        temperature: T, at which teacher and student are compared. A forest's probabilities are soft as they are: search
-            from T = 1 on, and for alpha too.
+        temperature: T, applied to teacher and student in the soft term. A forest's probabilities are already soft:
+            search over temperatures from T = 1 on, and over alpha.
         alpha: weight of the soft term in [0, 1]; with 0 the student learns from the labels alone.
         epochs: passes over the rows.
         batch_size: rows per step. A student with BatchNorm cannot train on a last batch of one row.
-        learning_rate: of Adam.
-        cv: folds of the soft targets: a number, a splitter, or an iterable of ``(train, test)`` indices.
-        memory: a folder, or a joblib.Memory, where fitted teachers and their targets are kept: with an int for
+        learning_rate: Adam's learning rate.
+        cv: the folds for the soft targets: a number, a splitter, or an iterable of ``(train, test)`` indices.
+        memory: a folder, or a joblib.Memory, that caches fitted teachers and their targets. With an int as
             ``random_state``, a search over temperature and alpha then fits the teacher once per split of its data, not
             once per candidate.
-        random_state: an int makes ``fit`` the same to the bit every time; it also seeds whatever in the teacher has
-            ``random_state=None``. torch's global random state is never touched.
+        random_state: with an int, ``fit`` gives the same result to the bit every time; it also seeds every part of the
+            teacher that has ``random_state=None``. torch's global random state is never changed.
 
     Attributes:
-        classes_: the labels, sorted; the columns of ``predict_proba``.
+        classes_: the sorted labels, in the order of the columns of ``predict_proba``.
         teacher_: the teacher, fitted on all rows.
-        student_: the trained module, in eval mode. To ship it, save this; a pickle of the classifier holds the teacher.
-        agreement_: share of the labelled rows of ``fit`` for which the student has the class that the teacher's targets
-            have: out of fold, since ``teacher_`` itself has seen these rows and their labels.
+        student_: the trained module, in eval mode. Save this to deploy it; a pickle of the classifier also holds the
+            teacher.
+        agreement_: share of the labelled rows of ``fit`` for which the student's class is the class of the teacher's
+            targets, which are out of fold: ``teacher_`` itself has seen these rows and their labels.
         compression_: bytes of the pickled teacher / bytes of the student's parameters and buffers.
-        history_: what :meth:`pydistill.Trainer.fit` returned, a record per epoch.
-        n_features_in_, feature_names_in_: as everywhere in scikit-learn.
+        history_: the result of :meth:`pydistill.Trainer.fit`, one record per epoch.
+        n_features_in_, feature_names_in_: as in every scikit-learn estimator.
 
     Example:
         >>> from sklearn.datasets import load_digits
@@ -103,9 +113,9 @@ class DistilledClassifier(ClassifierMixin, BaseEstimator):
         >>> pipeline.score(X_test, y_test) > 0.95, model.agreement_ > 0.95, model.compression_ > 100
         (True, True, True)
 
-        What ships is ``student_``, a plain module; unless ``student=`` was given it is ``Sequential(Linear, ReLU, ...,
-        Linear)``, with a ReLU after each hidden layer. A file holds its weights, and ``metadata`` what it takes to make
-        the module again and to read its outputs. The scaler is not part of it: keep it yourself.
+        Deploy ``student_``, a plain module. Unless ``student`` was given, it is ``Sequential(Linear, ReLU, ...,
+        Linear)``, with a ReLU after each hidden layer. The saved file holds its weights; put into ``metadata`` all that
+        is needed to rebuild the module and to interpret its outputs. The scaler is not saved with it.
 
         >>> import json, tempfile, torch, pydistill
         >>> from pathlib import Path
@@ -125,21 +135,29 @@ class DistilledClassifier(ClassifierMixin, BaseEstimator):
         >>> folder.cleanup()
     """
 
+    classes_: NDArray[Any]
+    teacher_: Estimator
+    student_: nn.Module
+    agreement_: float
+    history_: History
+    n_features_in_: int
+    feature_names_in_: NDArray[Any]
+
     def __init__(
         self,
-        teacher,
+        teacher: Estimator,
         *,
-        hidden_layer_sizes=(32,),
-        student=None,
-        temperature=2.0,
-        alpha=0.7,
-        epochs=40,
-        batch_size=64,
-        learning_rate=1e-2,
-        cv=5,
-        memory=None,
-        random_state=None,
-    ):
+        hidden_layer_sizes: int | Sequence[int] = (32,),
+        student: nn.Module | Callable[[int, int], nn.Module] | None = None,
+        temperature: float = 2.0,
+        alpha: float = 0.7,
+        epochs: int = 40,
+        batch_size: int = 64,
+        learning_rate: float = 1e-2,
+        cv: int | Iterable[Any] | Any = 5,
+        memory: str | PathLike[str] | Any | None = None,
+        random_state: int | np.random.RandomState | None = None,
+    ) -> None:
         self.teacher = teacher
         self.hidden_layer_sizes = hidden_layer_sizes
         self.student = student
@@ -152,76 +170,81 @@ class DistilledClassifier(ClassifierMixin, BaseEstimator):
         self.memory = memory
         self.random_state = random_state
 
-    def fit(self, X, y, sample_weight=None, X_unlabeled=None):
+    def fit(
+        self, X: Table, y: ArrayLike, sample_weight: ArrayLike | None = None, X_unlabeled: Table | None = None
+    ) -> Self:
         """Fit the teacher, then the student.
 
         Args:
-            X: ``(N, n_features)``, array, list or DataFrame of numbers, all of them finite.
+            X: ``(N, n_features)``, array, list or DataFrame of finite numbers.
             y: ``(N,)``, integers, strings or booleans.
-            sample_weight: ``(N,)``, finite and >= 0. The weights are on both terms of the student's loss. The teacher's
-                ``fit`` gets them if it takes weights: every step of a Pipeline that does; with metadata routing
-                enabled, what requests them. If it does not, a warning says so, and the teacher is fitted on the rows of
-                positive weight without weights. Rows of weight 0 are removed before anything else: they may hold any
-                values and labels, and are in no fold (row numbers in ``cv`` are still those of all rows). Integer
-                weights are equivalent to repeated rows, up to rounding, if they are so for the teacher and
-                ``batch_size`` is at least the number of rows. In smaller batches they are so on average only: a row of
-                weight 2 is drawn once per epoch, and counts twice.
-            X_unlabeled: ``(M, n_features)``, more rows, of which the student learns what the fitted teacher says; each
-                weighs 1. In a Pipeline they pass the steps before only with ``transform_input=["X_unlabeled"]``.
+            sample_weight: ``(N,)``, finite and >= 0. The weights apply to both terms of the student's loss. They are
+                also passed to the teacher's ``fit`` if it takes weights: in a Pipeline to every step that takes them;
+                with metadata routing enabled, to every step that requests them. If it does not take weights, a warning
+                says so, and the teacher is fitted without weights on the rows of positive weight. Rows of weight 0 are
+                removed first: they may hold any values and labels, and are in no fold (the row numbers in ``cv`` still
+                refer to all rows). Integer weights are equivalent to repeated rows, up to rounding, if this holds for
+                the teacher and ``batch_size`` is at least the number of rows. In smaller batches the equivalence holds
+                on average only: a row of weight 2 is drawn once per epoch, and counts twice.
+            X_unlabeled: ``(M, n_features)``, rows without labels, for which the student learns the outputs of the
+                fitted teacher; each has weight 1. In a Pipeline they are transformed by the earlier steps only with
+                ``transform_input=["X_unlabeled"]``.
 
         Returns:
-            DistilledClassifier: itself.
+            DistilledClassifier: the fitted classifier itself.
 
         Raises:
-            ValueError, TypeError: rows, labels, weights or an option that cannot be used; a teacher whose classes are
-                not those of y; a loss that ceased to be finite. Options are checked before the teacher is fitted.
+            ValueError, TypeError: rows, labels, weights or options are invalid; the teacher's classes are not those of
+                y; the loss is no longer finite. Options are checked before the teacher is fitted.
         """
-        fitted = copy(self)  # a fit that fails leaves this one as it was, its number of features too
+        fitted = copy(self)  # if this fit fails, the previous one is kept, with its number of features
         fitted._fit(X, y, sample_weight, X_unlabeled)
         self.__dict__ = fitted.__dict__
         return self
 
-    def _fit(self, X, y, sample_weight, X_unlabeled):
+    def _fit(self, X: Table, y: ArrayLike, sample_weight: ArrayLike | None, X_unlabeled: Table | None) -> None:
         X, y, weight, counts = _rows_that_count(X, y, sample_weight)
-        features, y = validate_data(self, X, y, dtype=_FLOATS)
-        check_classification_targets(y)
-        classes, codes = np.unique(y, return_inverse=True)
+        features, labels = validate_data(self, X, y, dtype=_FLOATS)
+        check_classification_targets(labels)
+        classes, codes = np.unique(labels, return_inverse=True)
         if len(classes) < 2:
             where = "" if counts is None else " in rows whose sample_weight is not 0"
             raise ValueError(f"y must hold at least two classes{where}, got {len(classes)} class")
         unlabeled = None if X_unlabeled is None else self._check_unlabeled(X_unlabeled)
         cv = self.cv if counts is None else counted_folds(self.cv, counts)
 
-        epochs, batch_size = _count("epochs", self.epochs), _count("batch_size", self.batch_size)
+        epochs, batch_size = check_count("epochs", self.epochs), check_count("batch_size", self.batch_size)
         self._check_teacher()
         rng = check_random_state(self.random_state)
         student, trainer = self._make_trainer(features, len(classes), rng)
         inputs = _inputs(student, features)
         students_weight = None if weight is None else _in_precision(weight, inputs.dtype)
         row_count = len(inputs) + (0 if unlabeled is None else len(unlabeled))
-        if (row_count - 1) % batch_size == 0:  # the trainer would find it, when the teacher has been fitted
+        if (row_count - 1) % batch_size == 0:  # the trainer checks this too, but only after the teacher was fitted
             check_lone_row(student, inputs[:1], row_count, batch_size)
 
         rows = _as_teacher_takes_them(X, features)
-        teacher, targets = self._teach(rows, y, classes, cv, weight, rng)
-        data = (inputs, targets, torch.from_numpy(codes))
+        teacher, targets = self._teach(rows, labels, classes, cv, weight, rng)
+        data: tuple[Tensor | SoftTargets, ...] = inputs, targets, torch.from_numpy(codes)
         if unlabeled is not None:
             more = teacher_outputs(teacher, _as_teacher_takes_them(X_unlabeled, unlabeled))
-            data = _append(data, _inputs(student, unlabeled), more)
-        if weight is not None:
-            ones = students_weight.new_ones(len(data[0]) - len(weight))
+            data = _with_unlabeled(inputs, targets, torch.from_numpy(codes), _inputs(student, unlabeled), more)
+        if students_weight is not None:
+            ones = students_weight.new_ones(row_count - len(students_weight))
             data = (*data, torch.cat([students_weight, ones]))
         try:
             history = trainer.fit(data, epochs=epochs, batch_size=batch_size)
         except ValueError as error:
-            error.add_note(f"Where the loss ceased to be finite: {self._hint()}")
+            error.add_note(f"If the loss is no longer finite: {self._hint()}")
             raise
 
         if self.student is None:
             student.float()
         logits = _logits(student.eval(), _inputs(student, features))
         if not logits.isfinite().all():
-            raise ValueError(f"student must give finite logits for X, and does not in {logits.dtype}: {self._hint()}")
+            raise ValueError(
+                f"student must give finite logits for X, got NaN or infinity in {logits.dtype}: {self._hint()}"
+            )
         self.classes_, self.teacher_, self.student_, self.history_ = classes, teacher, student, history
         agrees = logits.argmax(-1) == targets.logits.argmax(-1)
         self.agreement_ = float(agrees.double().mean())
@@ -229,37 +252,40 @@ class DistilledClassifier(ClassifierMixin, BaseEstimator):
     def _hint(self) -> str:
         return f"scale the features (StandardScaler), or lower learning_rate, which is {self.learning_rate}"
 
-    def predict(self, X):
+    def predict(self, X: Table) -> NDArray[Any]:
         """The student's classes ``(N,)``."""
-        probs = self.predict_proba(X)  # first: it says so if this was never fitted
-        return self.classes_[probs.argmax(1)]
+        probs = self.predict_proba(X)  # before classes_ is read: it checks that the classifier is fitted
+        classes: NDArray[Any] = self.classes_[probs.argmax(1)]
+        return classes
 
-    def predict_proba(self, X):
-        """The student's probabilities ``(N, n_classes)`` at T = 1, float32; columns in the order of ``classes_``.
+    def predict_proba(self, X: Table) -> NDArray[Any]:
+        """The student's probabilities ``(N, n_classes)`` at T = 1; columns in the order of ``classes_``.
 
-        float64 for a float64 student.
+        They are float32, or float64 for a float64 student.
         """
         check_is_fitted(self)
         X = validate_data(self, X, reset=False, dtype=_FLOATS)
         logits = _logits(self.student_, _inputs(self.student_, X))
-        return logits.softmax(-1, dtype=_precision(logits.dtype)).numpy()
+        probs: NDArray[Any] = logits.softmax(-1, dtype=_precision(logits.dtype)).numpy()
+        return probs
 
     @property
-    def compression_(self):
+    def compression_(self) -> float:
         """Bytes of the pickled teacher / bytes of the student's parameters and buffers."""
         check_is_fitted(self)
-        return len(pickle.dumps(self.teacher_)) / sum(x.nbytes for x in self.student_.state_dict().values())
+        student_bytes: int = sum(x.nbytes for x in self.student_.state_dict().values())
+        return len(pickle.dumps(self.teacher_)) / student_bytes
 
-    def _check_unlabeled(self, X_unlabeled):
-        rows = check_array(X_unlabeled, dtype=_FLOATS, input_name="X_unlabeled", ensure_min_samples=0)
+    def _check_unlabeled(self, X_unlabeled: Table) -> NDArray[Any]:
+        rows: NDArray[Any] = check_array(X_unlabeled, dtype=_FLOATS, input_name="X_unlabeled", ensure_min_samples=0)
         if len(rows) == 0:
-            raise ValueError("X_unlabeled must hold at least one row, got none; without such rows it is None")
+            raise ValueError("X_unlabeled must hold at least one row, got none; pass None if there are no such rows")
         if rows.shape[1] != self.n_features_in_:
             raise ValueError(f"X_unlabeled must have the {self.n_features_in_} features of X, got {rows.shape[1]}")
         validate_data(self, X_unlabeled, reset=False, skip_check_array=True)  # the names of a DataFrame's columns
         return rows
 
-    def _check_teacher(self):
+    def _check_teacher(self) -> None:
         if isinstance(self.teacher, nn.Module | FrozenEstimator):
             return
         check_classifier("teacher", self.teacher)
@@ -267,18 +293,20 @@ class DistilledClassifier(ClassifierMixin, BaseEstimator):
         if frozen:
             raise ValueError(
                 f"teacher cannot be refitted for out-of-fold targets: {frozen}. If it was fitted on other rows than "
-                "these, freeze it as a whole, a Pipeline too: FrozenEstimator(teacher)"
+                "these, freeze all of it, including a Pipeline: FrozenEstimator(teacher)"
             )
 
-    def _make_trainer(self, features, n_classes, rng):
-        """Student and trainer. Made before the teacher is fitted, which may take long, to find errors first."""
+    def _make_trainer(
+        self, features: NDArray[Any], n_classes: int, rng: np.random.RandomState
+    ) -> tuple[nn.Module, Trainer]:
+        """Student and trainer, made before the teacher is fitted, which may take long, so that errors come first."""
         loss = DistillationLoss(temperature=self.temperature, alpha=self.alpha, unlabeled="distill")
         weights_seed, seed = (int(x) for x in rng.randint(2**31 - 1, size=2))
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(weights_seed)
             student = self._make_student(features.shape[1], n_classes)
             inputs = _inputs(student, features[:2])
-            outputs = _logits(student.eval(), inputs)  # lazy layers get their parameters here
+            outputs = _logits(student.eval(), inputs)  # this call creates the parameters of lazy layers
         if outputs.shape != (len(inputs), n_classes):
             raise ValueError(
                 f"student must map (rows, {inputs.shape[1]}) to logits (rows, {n_classes}), one for each class; it "
@@ -287,14 +315,14 @@ class DistilledClassifier(ClassifierMixin, BaseEstimator):
         optimizer = torch.optim.Adam(student.parameters(), lr=self.learning_rate, fused=True)
         return student, Trainer(student, loss, optimizer=optimizer, seed=seed, progress=False)
 
-    def _make_student(self, n_features, n_classes) -> nn.Module:
+    def _make_student(self, n_features: int, n_classes: int) -> nn.Module:
         if isinstance(self.student, nn.Module):
             return deepcopy(self.student)
         if self.student is None:
             return _mlp(n_features, self.hidden_layer_sizes, n_classes).double()
         if not callable(self.student):
             raise TypeError(
-                "student must be a torch module or a function of (n_features, n_classes) that makes one, got "
+                "student must be a torch module or a function of (n_features, n_classes) that returns one, got "
                 f"{type(self.student).__name__}"
             )
         try:
@@ -302,15 +330,23 @@ class DistilledClassifier(ClassifierMixin, BaseEstimator):
         except TypeError as error:
             name = getattr(self.student, "__name__", type(self.student).__name__)
             raise TypeError(
-                "student must be a torch module, such as MyNet(), or a function of (n_features, n_classes) that makes "
-                f"one; {name} does not take these two: {error}"
+                "student must be a torch module, such as MyNet(), or a function of (n_features, n_classes) that "
+                f"returns one; {name} does not take these two arguments: {error}"
             ) from error
         student = self.student(n_features, n_classes)
         if not isinstance(student, nn.Module):
-            raise TypeError(f"student(n_features, n_classes) must give a torch module, got {type(student).__name__}")
+            raise TypeError(f"student(n_features, n_classes) must return a torch module, got {type(student).__name__}")
         return student
 
-    def _teach(self, rows, y, classes, cv, weight, rng):
+    def _teach(
+        self,
+        rows: Table,
+        y: NDArray[Any],
+        classes: NDArray[Any],
+        cv: Any,
+        weight: NDArray[Any] | None,
+        rng: np.random.RandomState,
+    ) -> tuple[Estimator, SoftTargets]:
         """The fitted teacher, and its targets for the rows."""
         if isinstance(self.teacher, nn.Module | FrozenEstimator):
             teacher = self.teacher if isinstance(self.teacher, nn.Module) else self.teacher.estimator
@@ -319,74 +355,82 @@ class DistilledClassifier(ClassifierMixin, BaseEstimator):
             return teacher, targets
         teacher = _seed(clone(self.teacher), rng)
         weight = usable_weight("teacher", teacher, weight, stacklevel=4)
-        return check_memory(self.memory).cache(_fit_teacher)(teacher, rows, y, cv, weight)
+        found: tuple[Estimator, SoftTargets]
+        found = check_memory(self.memory).cache(_fit_teacher)(teacher, rows, y, cv, weight)
+        return found
 
 
-def _fit_teacher(teacher, rows, y, cv, weight):
+def _fit_teacher(
+    teacher: Estimator, rows: Table, y: NDArray[Any], cv: Any, weight: NDArray[Any] | None
+) -> tuple[Estimator, SoftTargets]:
     targets = soft_targets(teacher, rows, y, cv=cv, sample_weight=weight)
     return fit_weighted(for_labels(teacher, np.unique(y)), rows, y, weight), targets
 
 
-def _seed(teacher, rng):
-    """Numbers for whatever in the teacher has no random_state of its own."""
+def _seed(teacher: Estimator, rng: np.random.RandomState) -> Estimator:
+    """Set every ``random_state`` in the teacher that is None."""
     names = (name for name in teacher.get_params() if name == "random_state" or name.endswith("__random_state"))
     unset = sorted(name for name in names if teacher.get_params()[name] is None)
     return teacher.set_params(**{name: int(rng.randint(2**31 - 1)) for name in unset})
 
 
-def _mlp(n_features, hidden, n_classes) -> nn.Module:
-    hidden = tuple(hidden) if np.iterable(hidden) else (hidden,)
-    if not all(isinstance(width, Integral) and width > 0 for width in hidden):
-        raise ValueError(f"hidden_layer_sizes must be whole numbers of at least 1, got {hidden}")
-    layers, width = [], n_features
-    for size in hidden:
+def _mlp(n_features: int, hidden: int | Sequence[int], n_classes: int) -> nn.Module:
+    sizes: tuple[Any, ...] = tuple(hidden) if np.iterable(hidden) else (hidden,)
+    if not all(isinstance(size, Integral) and int(size) > 0 for size in sizes):
+        raise ValueError(f"hidden_layer_sizes must be integers of at least 1, got {sizes}")
+    layers: list[nn.Module] = []
+    width = n_features
+    for size in sizes:
         layers += [nn.Linear(width, int(size)), nn.ReLU()]
         width = int(size)
     return nn.Sequential(*layers, nn.Linear(width, n_classes))
 
 
-def _inputs(student, features) -> torch.Tensor:
+def _inputs(student: nn.Module, features: NDArray[Any]) -> Tensor:
     """The features in the student's own precision."""
-    return torch.tensor(features, dtype=float_dtype(student, torch.float32))
+    return as_input(features, float_dtype(student, torch.float32))
 
 
-def _precision(dtype):
-    """That of the loss: float32, or float64 for a float64 student."""
+def _precision(dtype: torch.dtype) -> torch.dtype:
+    """The precision of the loss: float32, or float64 for a float64 student."""
     return torch.promote_types(dtype, torch.float32)
 
 
-def _in_precision(weight, dtype) -> torch.Tensor:
-    """The weights as the student's loss takes them; none may turn into 0 or infinity."""
+def _in_precision(weight: NDArray[Any], dtype: torch.dtype) -> Tensor:
+    """The weights in the precision of the student's loss; an error if one becomes 0 or infinite there."""
     limits = torch.finfo(_precision(dtype))
     bad = (weight < limits.tiny) | (weight > limits.max)
     if bad.any():
         raise ValueError(
-            f"sample_weight must be 0 or from {limits.tiny:.0e} to {limits.max:.0e}, as {limits.dtype} is, got "
-            f"{weight[bad.argmax()]}; multiply all of them with one number"
+            f"sample_weight must be 0 or from {limits.tiny:.0e} to {limits.max:.0e}, the range of {limits.dtype}, got "
+            f"{weight[bad.argmax()]}; multiply all weights by one number"
         )
     return torch.from_numpy(weight).to(_precision(dtype))
 
 
 @torch.no_grad()
-def _logits(student, inputs):
-    return torch.cat([student(part) for part in inputs.split(_PREDICT_ROWS)])
+def _logits(student: nn.Module, inputs: Tensor) -> Tensor:
+    return torch.cat([student(part) for part in torch.split(inputs, _PREDICT_ROWS)])
 
 
-def _append(data, inputs, targets):
-    """More rows, without labels."""
-    columns, soft, labels = data
-    none = torch.full((len(inputs),), _UNLABELED)
-    soft = SoftTargets.from_log_probs(torch.cat([soft.logits, targets.logits]))
-    return torch.cat([columns, inputs]), soft, torch.cat([labels, none])
+def _with_unlabeled(
+    inputs: Tensor, targets: SoftTargets, labels: Tensor, more_inputs: Tensor, more_targets: SoftTargets
+) -> tuple[Tensor, SoftTargets, Tensor]:
+    """Inputs, targets and labels with the rows that have no labels appended."""
+    none = torch.full((len(more_inputs),), _UNLABELED)
+    soft = SoftTargets.from_log_probs(torch.cat([targets.logits, more_targets.logits]))
+    return torch.cat([inputs, more_inputs]), soft, torch.cat([labels, none])
 
 
-def _as_teacher_takes_them(X, features):
-    """A DataFrame as it is, since a teacher may choose columns by their names; else the validated array."""
+def _as_teacher_takes_them(X: Table, features: NDArray[Any]) -> Table:
+    """A DataFrame unchanged, since a teacher may select columns by name; else the validated array."""
     return X if hasattr(X, "columns") else features
 
 
-def _rows_that_count(X, y, sample_weight):
-    """X, y and weights less the rows of weight 0, and which rows those are: None where all count."""
+def _rows_that_count(
+    X: Table, y: Any, sample_weight: ArrayLike | None
+) -> tuple[Table, Any, NDArray[Any] | None, NDArray[np.bool_] | None]:
+    """X, y and weights without the rows of weight 0, and a mask of the rows that are kept; None if all are."""
     if sample_weight is None:
         return X, y, None, None
     weight = _check_sample_weight(sample_weight, X, ensure_non_negative=True)
@@ -399,7 +443,8 @@ def _rows_that_count(X, y, sample_weight):
     return _safe_indexing(X, rows), _safe_indexing(y, rows), weight[rows], counts
 
 
-def _check_prefit(teacher, targets, y, classes):
+def _check_prefit(teacher: Estimator, targets: SoftTargets, y: NDArray[Any], classes: NDArray[Any]) -> None:
+    """Check that the classes are those of y; warn if the teacher is no better than a constant prediction."""
     if isinstance(teacher, nn.Module):
         if targets.shape[1:] != (len(classes),):
             raise ValueError(
@@ -408,21 +453,13 @@ def _check_prefit(teacher, targets, y, classes):
             )
     elif not np.array_equal(teacher.classes_, classes):
         raise other_classes("teacher", teacher.classes_, classes)
-    right = np.mean(classes[targets.logits.argmax(-1)] == y)
+    accuracy = np.mean(classes[targets.logits.argmax(-1).numpy()] == y)
     constant = np.unique(y, return_counts=True)[1].max() / len(y)
-    if right <= constant:
+    if accuracy <= constant:
         warnings.warn(
-            f"teacher is right for {right:.3f} of the rows, always answering the most frequent class for "
-            f"{constant:.3f}: X may not have the form (scale, order of columns) of the rows that it was fitted on, or "
-            "its outputs may not be in the order of the classes",
+            f"teacher has an accuracy of {accuracy:.3f}; always predicting the most frequent class has "
+            f"{constant:.3f}. X may differ in form (scale, order of columns) from the rows that the teacher was fitted "
+            "on, or the teacher's outputs may not be in the order of the classes",
             UserWarning,
             stacklevel=5,
         )
-
-
-def _count(name, value) -> int:
-    if isinstance(value, bool) or not isinstance(value, Integral):  # a search gives numpy's integers
-        raise TypeError(f"{name} must be an integer, got {value!r}")
-    if value < 1:
-        raise ValueError(f"{name} must be at least 1, got {value}")
-    return int(value)

@@ -1,11 +1,13 @@
-"""A skorch classifier with the distillation loss; the teacher's outputs are an argument of ``fit``."""
+"""A skorch classifier with the distillation loss; ``fit`` takes the teacher's outputs as an argument."""
 
+from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self, TypeAlias
 
 import numpy as np
 import torch
-from torch import Tensor
+from numpy.typing import ArrayLike, NDArray
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from pydistill.losses import DistillationLoss
@@ -19,26 +21,30 @@ try:
 except ImportError as error:
     raise ImportError("pydistill.skorch needs skorch: pip install 'pydistill-kd[skorch]'") from error
 
+Inputs: TypeAlias = Any  # all that skorch takes as X: an array, a tensor, a list, a dict, a Dataset
+Teacher: TypeAlias = SoftTargets | TeacherStore | Tensor
+
 _softmax = partial(torch.softmax, dim=-1)
 
 
-class DistilledNeuralNetClassifier(NeuralNetClassifier):
+class DistilledNeuralNetClassifier(NeuralNetClassifier):  # type: ignore[misc]  # skorch has no types
     """skorch's ``NeuralNetClassifier`` with :class:`pydistill.DistillationLoss` as its criterion.
 
-    ``fit(X, y, teacher=targets)`` takes the teacher's outputs for the rows of X beside the labels, which stay what
-    skorch and scikit-learn expect. Each batch, of the training and of the validation split, gets its own rows of them.
-    Prediction knows no teacher. In a Pipeline it is ``pipeline.fit(X, y, net__teacher=targets)``; a search and
-    ``cross_val_score(..., params={"teacher": targets})`` split the targets like X. Sample weights are not supported.
+    ``fit(X, y, teacher=targets)`` takes the teacher's outputs for the rows of X as an extra argument, so that y remains
+    the labels that skorch and scikit-learn expect. Each batch of the training and of the validation split gets the
+    targets of its own rows. Prediction needs no teacher. In a Pipeline, call
+    ``pipeline.fit(X, y, net__teacher=targets)``; a search and ``cross_val_score(..., params={"teacher": targets})``
+    split the targets like X. Sample weights are not supported.
 
-    Validation rows that are not rows of X, as ``predefined_split(valid)`` gives them, have no targets: a
-    DistillationLoss scores them on their labels (alpha = 0).
+    Validation rows that are not rows of X, such as those of ``predefined_split(valid)``, have no targets: with a
+    DistillationLoss their validation loss is computed from the labels alone (alpha = 0).
 
     Args:
         module: maps inputs to logits ``(rows, C)``, without a softmax; ``predict_proba`` applies it.
         criterion: DistillationLoss. Its options are ``criterion__temperature``, ``criterion__alpha`` and so on. Another
             class is called in the same way: ``criterion(logits, targets, labels)``.
-        predict_nonlinearity: makes probabilities of logits; the softmax at T = 1.
-        *args, **kwargs: everything else that ``NeuralNetClassifier`` takes.
+        predict_nonlinearity: maps logits to probabilities; by default the softmax at T = 1.
+        *args, **kwargs: all other arguments of ``NeuralNetClassifier``.
 
     Example:
         >>> import torch
@@ -56,39 +62,66 @@ class DistilledNeuralNetClassifier(NeuralNetClassifier):
         True
     """
 
-    def __init__(self, module, *args, criterion=DistillationLoss, predict_nonlinearity=_softmax, **kwargs):
+    def __init__(
+        self,
+        module: nn.Module | Callable[..., nn.Module],
+        *args: Any,
+        criterion: nn.Module | Callable[..., nn.Module] = DistillationLoss,
+        predict_nonlinearity: Callable[[Tensor], Tensor] | str | None = _softmax,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(module, *args, criterion=criterion, predict_nonlinearity=predict_nonlinearity, **kwargs)
 
-    def fit(self, X, y, teacher=None, **fit_params):
+    def fit(
+        self,
+        X: Inputs,
+        y: ArrayLike | None,
+        teacher: Teacher | NDArray[Any] | None = None,
+        **fit_params: Any,
+    ) -> Self:
         """Initialise and fit, as in skorch.
 
         Args:
             X: inputs, in any form that skorch takes.
-            y: labels, int64; None where X is a Dataset that holds them.
+            y: labels, int64; None if X is a Dataset that holds them.
             teacher: the teacher's outputs for the rows of X: SoftTargets, a TeacherStore, or logits ``(N, C)`` as a
-                tensor or array. None only for ``criterion__alpha=0``.
-            **fit_params: go to the module's forward and to the train_split, as in skorch.
+                tensor or array. None is allowed only with ``criterion__alpha=0``.
+            **fit_params: passed to the module's forward and to the train_split, as in skorch.
+
+        Returns:
+            DistilledNeuralNetClassifier: the fitted net itself.
 
         Raises:
-            TypeError: a teacher that is no outputs, but what makes them.
-            ValueError: a teacher with another number of rows; a train_split whose training rows are not rows of X. And
-                what the loss raises.
+            TypeError: teacher is a model instead of its outputs.
+            ValueError: teacher has another number of rows than X; the train_split's training rows are not rows of X;
+                any error of the loss.
         """
-        return super().fit(X, y, teacher=teacher, **fit_params)
+        super().fit(X, y, teacher=teacher, **fit_params)
+        return self
 
-    def fit_loop(self, X, y=None, epochs=None, teacher=None, **fit_params):
-        """As in skorch, with ``teacher`` as in :meth:`fit`."""
+    def fit_loop(
+        self,
+        X: Inputs,
+        y: ArrayLike | None = None,
+        epochs: int | None = None,
+        teacher: Teacher | NDArray[Any] | None = None,
+        **fit_params: Any,
+    ) -> Self:
+        """Fit without initialising, as in skorch, with ``teacher`` as in :meth:`fit`."""
         teacher = torch.from_numpy(teacher) if isinstance(teacher, np.ndarray) else teacher
-        if teacher is not None and not isinstance(teacher, SoftTargets | TeacherStore | Tensor):
+        if teacher is not None and not isinstance(teacher, Teacher):
             raise TypeError(
-                "teacher must be its outputs for the rows of X: SoftTargets, a TeacherStore, or logits as a tensor or "
-                f"array; got {type(teacher).__name__}. pydistill.teachers makes them: soft_targets(estimator, X, y) of "
-                "a classifier, teacher_outputs(module, X) of a torch module"
+                "teacher must be the teacher's outputs for the rows of X: SoftTargets, a TeacherStore, or logits as a "
+                f"tensor or array; got {type(teacher).__name__}. pydistill.teachers computes them: "
+                "soft_targets(estimator, X, y) for a classifier, teacher_outputs(module, X) for a torch module"
             )
-        return super().fit_loop(X, y, epochs, teacher=teacher, **fit_params)
+        super().fit_loop(X, y, epochs, teacher=teacher, **fit_params)
+        return self
 
-    def get_split_datasets(self, X, y=None, teacher=None, **fit_params):
-        """The training and validation datasets; with a teacher their rows are numbered."""
+    def get_split_datasets(
+        self, X: Inputs, y: ArrayLike | None = None, teacher: Teacher | None = None, **fit_params: Any
+    ) -> Any:
+        """The training and validation datasets, as in skorch; with a teacher their rows are numbered."""
         if teacher is None:
             return super().get_split_datasets(X, y, **fit_params)
         dataset = self.get_dataset(X, y)
@@ -97,64 +130,67 @@ class DistilledNeuralNetClassifier(NeuralNetClassifier):
         numbered = _NumberedData if is_skorch_dataset(dataset) else _Numbered
         return super().get_split_datasets(numbered(dataset), y, **fit_params)
 
-    def train_step(self, batch, teacher=None, **fit_params):
-        """One step on a batch and its rows of the teacher."""
+    def train_step(self, batch: Any, teacher: Teacher | None = None, **fit_params: Any) -> Any:
+        """One training step on a batch and the targets of its rows."""
         if teacher is not None and not isinstance(batch[0], _Row):
             raise ValueError("train_split must take its training rows from X: the teacher has no outputs for others")
         return super().train_step(_with_targets(batch, teacher), **fit_params)
 
-    def validation_step(self, batch, teacher=None, **fit_params):
-        """The loss of a batch and its rows of the teacher."""
+    def validation_step(self, batch: Any, teacher: Teacher | None = None, **fit_params: Any) -> Any:
+        """The loss of a batch with the targets of its rows."""
         return super().validation_step(_with_targets(batch, teacher), **fit_params)
 
-    def infer(self, x, **fit_params):
-        """The module's output; it sees the inputs alone."""
+    def infer(self, x: Any, **fit_params: Any) -> Any:
+        """The module's output for a batch's inputs; row numbers and targets are not passed to the module."""
         return super().infer(x.inputs if isinstance(x, _Row | _Taught) else x, **fit_params)
 
-    def get_loss(self, y_pred, y_true, X=None, training=False):
-        """The criterion of logits, the batch's targets, and labels."""
+    def get_loss(self, y_pred: Tensor, y_true: Any, X: Any = None, training: bool = False) -> Tensor:
+        """The criterion of the logits, the batch's targets and the labels."""
         targets = X.targets if isinstance(X, _Taught) else None
         unknown = targets is None and not training and isinstance(self.criterion_, DistillationLoss)
         options = {"alpha": 0.0} if unknown else {}
-        return self.criterion_(y_pred, targets, to_tensor(y_true, device=self.device), **options)
+        loss: Tensor = self.criterion_(y_pred, targets, to_tensor(y_true, device=self.device), **options)
+        return loss
 
 
 class _Row(NamedTuple):
-    """Inputs and the numbers of their rows; collating a list of them gives one of a batch."""
+    """The inputs and the number of a row; collating a list of rows gives the inputs and numbers of a batch."""
 
     inputs: Any
     row: Any
 
 
 class _Taught(NamedTuple):
+    """The inputs of a batch with the targets of its rows."""
+
     inputs: Any
     targets: Any
 
 
-class _Numbered(Dataset):
-    """A dataset that says which row it gives: the split and the shuffling come after it."""
+class _Numbered(Dataset[tuple[_Row, Any]]):
+    """A dataset whose rows carry their numbers, which they keep when they are split and shuffled."""
 
-    def __init__(self, dataset):
+    def __init__(self, dataset: Any) -> None:
         self.dataset = dataset
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, row):
+    def __getitem__(self, row: int) -> tuple[_Row, Any]:
         inputs, label = self.dataset[row]
         return _Row(inputs, int(row)), label
 
 
-class _NumberedData(_Numbered, SkorchDataset):
-    """One whose X and y skorch's scoring callbacks find: they look for them in datasets of skorch's own class."""
+class _NumberedData(_Numbered, SkorchDataset):  # type: ignore[misc]  # skorch has no types
+    """Numbered rows with X and y as attributes, which skorch's scoring callbacks read from skorch's own Dataset."""
 
-    def __init__(self, dataset):
+    def __init__(self, dataset: Any) -> None:
         super().__init__(dataset)
         self.X, self.y = data_from_dataset(dataset)
 
 
-def _with_targets(batch, teacher):
-    """The batch with its rows of the teacher; as it is where there is none, or none for these rows."""
+def _with_targets(batch: Any, teacher: Teacher | None) -> Any:
+    """The batch with the targets of its rows; unchanged if there is no teacher, or the rows have no numbers."""
     if teacher is None or not isinstance(batch[0], _Row):
         return batch
     inputs, labels = batch

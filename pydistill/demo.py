@@ -1,39 +1,42 @@
-"""``pydistill demo``: a random forest distilled into a small network on scikit-learn's digits, and measured.
+"""``pydistill demo``: distil a random forest into a small network on scikit-learn's digits, and measure the result.
 
-Each seed has its own split, forest and students. The forest is the teacher. What the student learns from are
-its out-of-fold probabilities, since on the rows that it was fitted on a forest is far too sure of itself. The
-same network, from the same first weights and in the same order of batches, is trained on the labels alone, so
-that the difference is what distillation did. The test rows serve for the comparison and for nothing else.
+Each seed has its own split, forest and students. The forest is the teacher; the student learns from its out-of-fold
+probabilities, because a forest is far too confident on the rows that it was fitted on. A second student, with the same
+initial weights and the same order of batches, is trained on the labels alone, so that the difference between the two is
+the effect of distillation. The test rows are used only for the comparison.
 """
 
 import importlib
 import json
-import pickle
 import platform
 import statistics
 import time
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from functools import lru_cache
 from importlib import metadata
-from io import BytesIO
+from os import PathLike
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypedDict
 
+import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import nn
+from numpy.typing import NDArray
+from torch import Tensor, nn
 
 import pydistill
-from pydistill.trainer.loop import Trainer, threads_restored
+from pydistill._files import write_whole
+from pydistill.evaluation.result import ModelScores, align_columns, new_figure, write_png
+from pydistill.trainer.loop import threads_restored
 
 FEATURES, HIDDEN, CLASSES = 64, 32, 10
 TREES, FOLDS = 200, 5
 BATCH_SIZE = 64
 TEST_SHARE = 0.3
-# After 40 epochs at 1e-3 the student trained on the labels alone misses 3 % of its training rows, here none.
+# At 1e-3 the student trained on the labels alone still misses 3 % of its training rows after 40 epochs; at 1e-2, none.
 LEARNING_RATE = 1e-2
-_EXTRA = ("sklearn", "matplotlib", "tqdm")
-_STUDENTS = ("hard_labels", "distilled")
+_EXTRA = ("sklearn", "matplotlib", "tqdm", "safetensors")
 _ROWS = {
     "teacher": "teacher (forest)",
     "hard_labels": "student, labels only",
@@ -42,7 +45,7 @@ _ROWS = {
 
 
 class Options(NamedTuple):
-    """What the command line chooses."""
+    """The options of the command line."""
 
     temperature: float = 1.0
     alpha: float = 0.5
@@ -51,7 +54,7 @@ class Options(NamedTuple):
 
 
 class Model(NamedTuple):
-    """What is measured of one teacher or student, for one seed; times are medians, in seconds."""
+    """The figures of one teacher or student, for one seed; times are medians, in seconds."""
 
     accuracy: float
     agreement: float | None
@@ -63,17 +66,39 @@ class Model(NamedTuple):
 class Digits(NamedTuple):
     """One split of the digits: float32 features in [0, 1], int64 labels."""
 
-    train_x: torch.Tensor
-    test_x: torch.Tensor
-    train_y: torch.Tensor
-    test_y: torch.Tensor
+    train_x: Tensor
+    test_x: Tensor
+    train_y: Tensor
+    test_y: Tensor
 
 
-def require_extra():
-    """Import what only the demo needs.
+class Statistic(TypedDict):
+    """A figure over the seeds; ``sd`` is None for one seed."""
+
+    mean: float
+    sd: float | None
+    per_seed: list[float]
+
+
+class Results(TypedDict):
+    """All results of a run."""
+
+    date: str
+    options: dict[str, Any]
+    versions: dict[str, str]
+    backend: dict[str, Any]
+    claim: dict[str, float]
+    models: dict[str, dict[str, Statistic | None]]
+    differences: dict[str, Statistic]
+    loss_cost: dict[str, dict[str, float]]
+    student: nn.Module
+
+
+def require_extra() -> None:
+    """Import the packages that only the demo needs.
 
     Raises:
-        ImportError: one of them is missing; the message names the extra that brings it.
+        ImportError: a package is missing; the message names the extra that installs it.
     """
     for name in _EXTRA:
         try:
@@ -95,26 +120,19 @@ def make_student() -> nn.Module:
     return nn.Sequential(nn.Linear(FEATURES, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, CLASSES))
 
 
-def run(options: Options) -> dict:
-    """Train and measure everything: a dictionary of the figures, with ``"student"`` the first seed's module.
+def run(options: Options) -> Results:
+    """Train and measure all models; ``"student"`` is the distilled student of the first seed.
 
-    Everything runs on one thread, so that times can be compared; torch's number of threads is restored. For a
-    seed the accuracies and agreements are the same to the bit every time.
+    Everything runs on one thread, so that times can be compared; torch's number of threads is restored. For each seed
+    the accuracies and agreements are the same to the bit in every run.
     """
     from tqdm import tqdm
 
-    measured = {name: [] for name in _ROWS}
-    students = []
-    with threads_restored(), tqdm(total=options.seeds, desc="seeds", unit="seed") as bar:
+    with threads_restored():
         torch.set_num_threads(1)
-        for seed in range(options.seeds):
-            models, student = _run_seed(seed, options)
-            students.append(student)
-            for name, model in models.items():
-                measured[name].append(model)
-            bar.update()
-        bar.set_description("seeds done, timing the loss")
+        runs = [_run_seed(seed, options) for seed in tqdm(range(options.seeds), desc="seeds", unit="seed")]
         cost = loss_cost(options.temperature, options.alpha)
+    measured = {name: [models[name] for models, _ in runs] for name in _ROWS}
     summaries = {name: _summary(models) for name, models in measured.items()}
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -126,12 +144,12 @@ def run(options: Options) -> dict:
         "models": summaries,
         "differences": _differences(measured),
         "loss_cost": cost,
-        "student": students[0],
+        "student": runs[0][1],
     }
 
 
-def versions(*distributions) -> dict[str, str]:
-    """The installed versions of some distributions, "not installed" where there is none."""
+def versions(*distributions: str) -> dict[str, str]:
+    """The installed versions of some distributions; "not installed" for those that are not."""
     found = {}
     for name in distributions:
         try:
@@ -141,21 +159,27 @@ def versions(*distributions) -> dict[str, str]:
     return found
 
 
-def _run_seed(seed, options):
-    """Teacher and both students of one seed: their figures, and the distilled student."""
+def _run_seed(seed: int, options: Options) -> tuple[dict[str, Model], nn.Module]:
+    """The figures of the teacher and both students for one seed, and the distilled student."""
     digits = _split(seed)
     forest, targets = _teach(digits, seed)
-    teacher_classes = torch.from_numpy(forest.predict_proba(digits.test_x.numpy())).argmax(-1)
-    models = {"teacher": _measure_forest(forest, digits, teacher_classes)}
-    for name in _STUDENTS:
-        alpha = 0.0 if name == "hard_labels" else options.alpha
+    models: dict[str, Model] = {}
+    for name, alpha in {"hard_labels": 0.0, "distilled": options.alpha}.items():
         loss = pydistill.DistillationLoss(temperature=options.temperature, alpha=alpha)
         student = _train(digits, targets, loss, seed, options.epochs)
-        models[name] = _measure_student(student, digits, teacher_classes)
+        report = pydistill.report(student, forest, digits.test_x, digits.test_y, batch_sizes=(1, len(digits.test_y)))
+        models[name] = _figures(report.student, report.agreement)
+        models.setdefault("teacher", _figures(report.teacher, None))
     return models, student
 
 
-def _split(seed) -> Digits:
+def _figures(scores: ModelScores | None, agreement: float | None) -> Model:
+    assert scores is not None  # the report is made with a teacher
+    one_row, test_set = scores.seconds.values()
+    return Model(scores.accuracy, agreement, scores.bytes, test_set, one_row)
+
+
+def _split(seed: int) -> Digits:
     from sklearn.model_selection import train_test_split
 
     x, y = _load()
@@ -164,93 +188,50 @@ def _split(seed) -> Digits:
 
 
 @lru_cache(maxsize=1)  # parsing the file takes longer than training a student
-def _load():
+def _load() -> tuple[NDArray[np.float32], NDArray[np.int64]]:
     from sklearn.datasets import load_digits
 
     x, y = load_digits(return_X_y=True)
     return (x / 16).astype("float32"), y.astype("int64")  # pixels are 0 to 16
 
 
-def _teach(digits, seed):
-    """A forest fitted on the training rows, and its out-of-fold probabilities for them."""
+def _teach(digits: Digits, seed: int) -> tuple[Any, pydistill.SoftTargets]:
+    """A forest fitted on the training rows, and its out-of-fold targets for them."""
     from sklearn.ensemble import RandomForestClassifier
-    from sklearn.model_selection import StratifiedKFold, cross_val_predict
 
     x, y = digits.train_x.numpy(), digits.train_y.numpy()
-    # One job: in several threads the trees' votes are added in any order, and the last bits differ from run
-    # to run. For the folds neither threads nor processes gained anything on two cores.
+    # One job: with several, the order in which the trees' votes are added varies, and so do the last bits.
     forest = RandomForestClassifier(TREES, random_state=seed, n_jobs=1)
-    folds = StratifiedKFold(FOLDS, shuffle=True, random_state=seed)
-    probs = cross_val_predict(forest, x, y, cv=folds, method="predict_proba")
-    return forest.fit(x, y), pydistill.SoftTargets.from_probs(torch.from_numpy(probs))
+    targets = pydistill.soft_targets(forest, x, y, cv=FOLDS)
+    return forest.fit(x, y), targets
 
 
-def _train(digits, targets, loss, seed, epochs) -> nn.Module:
+def _train(
+    digits: Digits, targets: pydistill.SoftTargets, loss: pydistill.DistillationLoss, seed: int, epochs: int
+) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         student = make_student()
     optimizer = torch.optim.Adam(student.parameters(), lr=LEARNING_RATE, fused=True)
-    trainer = Trainer(student, loss, optimizer=optimizer, seed=seed, progress=False)
+    trainer = pydistill.Trainer(student, loss, optimizer=optimizer, seed=seed, progress=False)
     trainer.fit((digits.train_x, targets, digits.train_y), epochs=epochs, batch_size=BATCH_SIZE)
     return student
 
 
-def _measure_forest(forest, digits, classes) -> Model:
-    x = digits.test_x.numpy()
-    return Model(
-        accuracy=_share(classes == digits.test_y),
-        agreement=None,
-        bytes=len(pickle.dumps(forest)),
-        seconds_test_set=_median_seconds(lambda: forest.predict_proba(x), repeats=5),
-        seconds_one_row=_median_seconds(lambda: forest.predict_proba(x[:1]), repeats=5),
-    )
-
-
-@torch.no_grad()
-def _measure_student(student, digits, teacher_classes) -> Model:
-    x, first = digits.test_x, digits.test_x[:1]
-    student.eval()
-    classes = student(x).argmax(-1)
-    file = BytesIO()
-    torch.save(student.state_dict(), file)
-    return Model(
-        accuracy=_share(classes == digits.test_y),
-        agreement=_share(classes == teacher_classes),
-        bytes=len(file.getbuffer()),
-        seconds_test_set=_median_seconds(lambda: student(x), repeats=50),
-        seconds_one_row=_median_seconds(lambda: student(first), repeats=50),
-    )
-
-
-def _share(flags) -> float:
-    return float(flags.double().mean())
-
-
-def _median_seconds(work, repeats) -> float:
-    work()
-    return statistics.median(_seconds(work) for _ in range(repeats))
-
-
-def _seconds(work) -> float:
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
-
-
-def _summary(models) -> dict:
-    """Per field of Model: mean, spread and every seed's value; None for what is not measured."""
+def _summary(models: list[Model]) -> dict[str, Statistic | None]:
+    """The statistic of each field of Model; None for a field that is not measured."""
     columns = zip(Model._fields, zip(*models, strict=True), strict=True)
-    return {field: None if values[0] is None else _mean_and_sd(values) for field, values in columns}
+    return {field: None if values[0] is None else _statistic(values) for field, values in columns}
 
 
-def _mean_and_sd(values) -> dict:
+def _statistic(values: Sequence[float]) -> Statistic:
     sd = statistics.stdev(values) if len(values) > 1 else None
     return {"mean": statistics.fmean(values), "sd": sd, "per_seed": list(values)}
 
 
-def _claim(teacher, student) -> dict:
-    """What the distilled student saves and keeps of the teacher: ratios of the means in the table."""
-    theirs, ours = ({field: x and x["mean"] for field, x in model.items()} for model in (teacher, student))
+def _claim(teacher: dict[str, Statistic | None], student: dict[str, Statistic | None]) -> dict[str, float]:
+    """Size, time and accuracy of teacher and distilled student as ratios of the means in the table."""
+    theirs, ours = ({field: x["mean"] for field, x in model.items() if x} for model in (teacher, student))
     return {
         "times_smaller": theirs["bytes"] / ours["bytes"],
         "times_faster_test_set": theirs["seconds_test_set"] / ours["seconds_test_set"],
@@ -259,22 +240,21 @@ def _claim(teacher, student) -> dict:
     }
 
 
-def _differences(measured) -> dict:
-    """Distilled minus hard labels only, seed by seed."""
+def _differences(measured: dict[str, list[Model]]) -> dict[str, Statistic]:
+    """Distilled minus labels only, seed by seed."""
     pairs = list(zip(measured["distilled"], measured["hard_labels"], strict=True))
     return {
-        field: _mean_and_sd([getattr(a, field) - getattr(b, field) for a, b in pairs])
+        field: _statistic([getattr(a, field) - getattr(b, field) for a, b in pairs])
         for field in ("accuracy", "agreement")
     }
 
 
-def loss_cost(temperature, alpha, *, rounds=60, steps=20) -> dict:
-    """Time of one loss with its gradient at 64 x 10, against two torch formulas, on the threads that torch
-    has.
+def loss_cost(temperature: float, alpha: float, *, rounds: int = 60, steps: int = 20) -> dict[str, dict[str, float]]:
+    """Time one loss with its gradient at 64 x 10 against two torch formulas, with torch's current number of threads.
 
-    The three take turns within each round. ``ratio`` is the median over the rounds of the formula's time
-    divided by pydistill's in the same round; ``seconds`` are medians per step. The best eager form gets the
-    teacher's probabilities for free.
+    The three are timed alternately within each round. ``ratio`` is the median over the rounds of the formula's time /
+    pydistill's time in the same round; ``seconds`` are medians per step. The second formula gets the teacher's
+    probabilities precomputed.
 
     Raises:
         ArithmeticError: the gradients of the three differ by more than float32's rounding.
@@ -285,45 +265,43 @@ def loss_cost(temperature, alpha, *, rounds=60, steps=20) -> dict:
     student.requires_grad_()
     losses = _contestants(student, teacher, labels, temperature, alpha)
     _check_gradients(student, losses)
-    times = {name: [] for name in losses}
+    times: dict[str, list[float]] = {name: [] for name in losses}
     for _ in range(rounds):
         for name, loss in losses.items():
-            times[name].append(_seconds(lambda loss=loss: _repeat_step(student, loss, steps)) / steps)
-    ours = times["pydistill"]
-    return {
-        name: {
-            "seconds": statistics.median(theirs),
-            "ratio": statistics.median(a / b for a, b in zip(theirs, ours, strict=True)),
-        }
-        for name, theirs in times.items()
-    }
+            start = time.perf_counter()
+            for _ in range(steps):
+                torch.autograd.grad(loss(), student)
+            times[name].append((time.perf_counter() - start) / steps)
+    ratios = {name: [a / b for a, b in zip(x, times["pydistill"], strict=True)] for name, x in times.items()}
+    median = statistics.median
+    return {name: {"seconds": median(times[name]), "ratio": median(ratios[name])} for name in losses}
 
 
-def _contestants(student, teacher, labels, temperature, alpha):
+def _contestants(
+    student: Tensor, teacher: Tensor, labels: Tensor, temperature: float, alpha: float
+) -> dict[str, Callable[[], Tensor]]:
     targets = pydistill.SoftTargets.from_logits(teacher)
-    probs = (teacher / temperature).softmax(-1)
     loss = pydistill.DistillationLoss(temperature=temperature, alpha=alpha)
+    probs = (teacher / temperature).softmax(-1)
 
-    def kl_div_and_cross_entropy():
-        soft = F.kl_div(
-            F.log_softmax(student / temperature, -1),
-            F.softmax(teacher / temperature, -1),
-            reduction="batchmean",
-        )
+    def with_hard_term(soft: Tensor) -> Tensor:
         return alpha * temperature**2 * soft + (1 - alpha) * F.cross_entropy(student, labels)
 
-    def soft_cross_entropy_and_cross_entropy():
-        soft = F.cross_entropy(student if temperature == 1 else student / temperature, probs)
-        return alpha * temperature**2 * soft + (1 - alpha) * F.cross_entropy(student, labels)
+    def kl_div() -> Tensor:
+        log_q, p = F.log_softmax(student / temperature, -1), F.softmax(teacher / temperature, -1)
+        return with_hard_term(F.kl_div(log_q, p, reduction="batchmean"))
+
+    def soft_cross_entropy() -> Tensor:
+        return with_hard_term(F.cross_entropy(student if temperature == 1 else student / temperature, probs))
 
     return {
         "pydistill": lambda: loss(student, targets, labels),
-        "kl_div + cross_entropy": kl_div_and_cross_entropy,
-        "soft cross_entropy + cross_entropy": soft_cross_entropy_and_cross_entropy,
+        "kl_div + cross_entropy": kl_div,
+        "soft cross_entropy + cross_entropy": soft_cross_entropy,
     }
 
 
-def _check_gradients(student, losses):
+def _check_gradients(student: Tensor, losses: dict[str, Callable[[], Tensor]]) -> None:
     gradients = {name: torch.autograd.grad(loss(), student)[0] for name, loss in losses.items()}
     ours = gradients.pop("pydistill")
     for name, gradient in gradients.items():
@@ -332,14 +310,8 @@ def _check_gradients(student, losses):
             raise ArithmeticError(f"the gradient of {name} differs from pydistill's by {error:.1e}")
 
 
-def _repeat_step(student, loss, steps):
-    for _ in range(steps):
-        student.grad = None
-        loss().backward()
-
-
-def text(results) -> str:
-    """What distillation saves and keeps; the table, what it says about distillation, and the cost of the loss."""
+def text(results: Results) -> str:
+    """Format the results: what the student saves and keeps, the table, the effect of distillation, the loss's cost."""
     options, claim = results["options"], results["claim"]
     seeds = f"{options['seeds']} seed" + "s" * (options["seeds"] > 1)
     lines = [
@@ -362,90 +334,86 @@ def text(results) -> str:
     return "\n".join(lines)
 
 
-def _table(models) -> list[str]:
-    columns = {
-        "test accuracy": ("accuracy", 1, ".3f"),
-        "agreement": ("agreement", 1, ".3f"),
-        "bytes": ("bytes", 1, ",.0f"),
-        "test set, ms": ("seconds_test_set", 1e3, ".3f"),
-        "one row, ms": ("seconds_one_row", 1e3, ".3f"),
-    }
-    rows = [["", *columns]]
+def _table(models: dict[str, dict[str, Statistic | None]]) -> list[str]:
+    columns: list[tuple[str, str, float, str]] = [
+        ("test accuracy", "accuracy", 1, ".3f"),
+        ("agreement", "agreement", 1, ".3f"),
+        ("bytes", "bytes", 1, ",.0f"),
+        ("test set, ms", "seconds_test_set", 1e3, ".3f"),
+        ("one row, ms", "seconds_one_row", 1e3, ".3f"),
+    ]
+    rows = [["", *(title for title, *_ in columns)]]
     for name, title in _ROWS.items():
-        cells = [_cell(models[name][field], unit, form) for field, unit, form in columns.values()]
-        rows.append([title, *cells])
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    padded = ([cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in rows)
-    return ["   ".join(cells).rstrip() for cells in padded]
+        rows.append([title, *(_cell(models[name][field], unit, form) for _, field, unit, form in columns)])
+    return align_columns(rows)
 
 
-def _cell(figure, unit, form) -> str:
+def _cell(figure: Statistic | None, unit: float, form: str) -> str:
     if figure is None:
         return "-"
     spread = "" if figure["sd"] is None else f" ± {figure['sd'] * unit:{form}}"
     return f"{figure['mean'] * unit:{form}}{spread}"
 
 
-def _verdict(differences) -> list[str]:
-    return [
-        f"{field.capitalize()}, distilled minus labels only: {_signed(figure)}. {_judge(figure)}"
-        for field, figure in differences.items()
-    ]
+def _verdict(differences: dict[str, Statistic]) -> list[str]:
+    lines = []
+    for field, figure in differences.items():
+        spread = "" if figure["sd"] is None else f" ± {figure['sd']:.4f}"
+        difference = f"{figure['mean']:+.4f}{spread}"
+        lines.append(f"{field.capitalize()}, distilled minus labels only: {difference}. {_judge(figure)}")
+    return lines
 
 
-def _signed(figure) -> str:
-    spread = "" if figure["sd"] is None else f" ± {figure['sd']:.4f}"
-    return f"{figure['mean']:+.4f}{spread}"
-
-
-def _judge(figure) -> str:
-    """What the mean difference means beside the spread of the differences; no more than that."""
+def _judge(figure: Statistic) -> str:
+    """What the mean of the differences shows, given their spread; no more than that."""
     mean, sd = figure["mean"], figure["sd"]
     if sd is None:
-        return "One seed tells nothing about chance."
+        return "One seed cannot show whether this is chance."
     if abs(mean) <= sd:
         return "Within the spread: distillation did not measurably help."
     return "Lower: distillation did not help." if mean < 0 else "Higher, beyond the spread."
 
 
-def save(results, folder) -> str:
-    """Write student.pt, metrics.json and plot.png to a folder, made if need be; returns what is where."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    torch.save(results["student"].state_dict(), folder / "student.pt")
+def save(results: Results, folder: str | PathLike[str]) -> str:
+    """Write the student, metrics.json and plot.png to a folder, which is created if needed.
+
+    Returns:
+        str: the names of the files, and the lines of Python that load the student.
+    """
+    folder = pydistill.save_student(results["student"], folder)
     figures = {key: value for key, value in results.items() if key != "student"}
-    document = json.dumps(figures, indent=2, allow_nan=False)
-    (folder / "metrics.json").write_text(document + "\n", encoding="utf-8")
-    _plot(results["models"], folder / "plot.png")
+    write_whole(folder / "metrics.json", (json.dumps(figures, indent=2, allow_nan=False) + "\n").encode())
+    _plot(results, folder / "plot.png")
     return "\n".join(
         [
-            f"Written to {folder}: student.pt (distilled, first seed), metrics.json, plot.png",
+            f"Written to {folder}: student.safetensors, student.json (distilled, first seed), metrics.json, plot.png",
             "Load the student with:",
-            "  import torch; from pydistill.demo import make_student",
-            "  student = make_student()",
-            f"  student.load_state_dict(torch.load({str(folder / 'student.pt')!r}))",
+            "  import pydistill; from pydistill.demo import make_student",
+            f"  student = pydistill.load_student({str(folder)!r}, make_student())",
         ]
     )
 
 
-def _plot(models, path):
-    """Test accuracy and agreement: a dot per seed, a bar for the mean."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # no window, and no global pyplot state
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 4), layout="constrained")
-    FigureCanvasAgg(figure)
-    panels = {"accuracy": "test accuracy", "agreement": "agreement with the teacher, test rows"}
+def _plot(results: Results, path: Path) -> None:
+    """Draw test accuracy and agreement: one dot per seed, a line for the mean."""
+    options = results["options"]
+    figure = new_figure(9, 4.2)
+    panels = {"accuracy": "Accuracy", "agreement": "Agreement with the teacher"}
     for axes, (field, title) in zip(figure.subplots(1, 2), panels.items(), strict=True):
-        shown = {name: models[name][field] for name in _ROWS if models[name][field] is not None}
+        shown = {name: x for name in _ROWS if (x := results["models"][name][field]) is not None}
         for i, summary in enumerate(shown.values()):
             seeds = len(summary["per_seed"])
-            jitter = [i + 0.3 * ((k + 0.5) / seeds - 0.5) for k in range(seeds)]
-            axes.plot(jitter, summary["per_seed"], "o", color="tab:blue", alpha=0.6)
-            axes.plot([i - 0.25, i + 0.25], [summary["mean"]] * 2, color="black", linewidth=2)
-        axes.set_xticks(range(len(shown)), [_ROWS[name].replace(", ", ",\n") for name in shown])
-        axes.set_xlim(-0.5, len(shown) - 0.5)
-        axes.set_title(title)
+            places = [i + 0.3 * ((k + 0.5) / seeds - 0.5) for k in range(seeds)]
+            axes.plot(places, [100 * x for x in summary["per_seed"]], "o", color="C0", alpha=0.6, label="one seed")
+            mean = 100 * summary["mean"]
+            axes.plot([i - 0.25, i + 0.25], [mean, mean], color="black", linewidth=2, label="mean")
+        axes.set_xticks(range(len(shown)), [_ROWS[name].replace(", ", ",\n").replace(" (", "\n(") for name in shown])
+        axes.set(title=title, ylabel="% of the test rows", xlim=(-0.5, len(shown) - 0.5))
         axes.grid(axis="y", alpha=0.3)
-    figure.suptitle("A dot per seed, a bar for the mean; the axes do not start at 0", fontsize=9)
-    figure.savefig(path, dpi=120)
+        axes.legend(*(x[:2] for x in axes.get_legend_handles_labels()), loc="best", fontsize="small")
+    figure.suptitle(
+        f"A forest distilled into a small network: digits, T = {options['temperature']:g}, alpha = "
+        f"{options['alpha']:g}, {options['epochs']} epochs. The vertical axes do not start at 0",
+        fontsize="medium",
+    )
+    write_png(figure, path)

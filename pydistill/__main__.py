@@ -1,4 +1,4 @@
-"""``python -m pydistill``: the console command."""
+"""Run the console command with ``python -m pydistill``."""
 
 from pydistill.cli import main
 

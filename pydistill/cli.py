@@ -1,25 +1,26 @@
-"""The console command ``pydistill``: ``info`` and ``demo``."""
+"""The console command ``pydistill`` with its subcommands ``info`` and ``demo``."""
 
 import argparse
 import platform
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pydistill
 from pydistill import demo
 
 
-def main(argv=None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Run the console command.
 
     Args:
-        argv: the words after ``pydistill``; those of the process by default.
+        argv: the arguments after ``pydistill``; by default those of the process.
 
     Returns:
-        int: the exit status: 0, or 1 where a package that the command needs is missing.
+        int: the exit status: 0, or 1 if a package that the command needs is missing.
 
     Raises:
-        SystemExit: status 2, for words that it does not understand and options outside their range.
+        SystemExit: with status 2, for unknown arguments and for options outside their range.
 
     Example:
         >>> from pydistill.cli import main
@@ -40,13 +41,13 @@ def main(argv=None) -> int:
 
 
 def info() -> str:
-    """What runs the loss here and now, and on which versions, in lines to read."""
+    """The backend that computes the loss, the reason for its choice, threads and versions, one per line."""
     backend = pydistill.backend_info()
     lines = {
         "pydistill": pydistill.__version__,
         "backend": backend.name + (f", {backend.isa}" if backend.isa else ""),
         "reason": backend.reason,
-        "threads": backend.threads,
+        "threads": str(backend.threads),
         "Python": platform.python_version(),
     }
     lines |= demo.versions("torch", "numpy", "numba")
@@ -54,7 +55,7 @@ def info() -> str:
     return "\n".join(f"{name:{width}}  {value}" for name, value in lines.items())
 
 
-def _demo(arguments) -> int:
+def _demo(arguments: argparse.Namespace) -> int:
     try:
         demo.require_extra()
     except ImportError as error:
@@ -68,28 +69,33 @@ def _demo(arguments) -> int:
     return 0
 
 
-def _parser():
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="pydistill", description="Knowledge distillation on the CPU.")
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("info", help="which backend runs the loss here, why, and on which versions")
+    commands.add_parser("info", help="show which backend computes the loss, why, and the installed versions")
     command = commands.add_parser(
         "demo",
-        help="distil a random forest into a small network on scikit-learn's digits, and measure it",
-        description="Distils a random forest into a small network on scikit-learn's digits and compares it "
-        "with the same network trained on the labels alone. Needs: pip install 'pydistill-kd[demo]'",
+        help="distil a random forest into a small network on scikit-learn's digits, and measure the result",
+        description="Distil a random forest into a small network on scikit-learn's digits, and compare it with the "
+        "same network trained on the labels alone. Requires: pip install 'pydistill-kd[demo]'",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    command.add_argument("--temperature", type=float, default=1.0, help="softens teacher and student")
-    command.add_argument("--alpha", type=float, default=0.5, help="weight of the soft term, in [0, 1]")
-    command.add_argument("--seeds", type=_positive, default=5, help="how many runs, each with its own split")
-    command.add_argument("--epochs", type=_positive, default=40, help="passes through the training rows")
     command.add_argument(
-        "--output", type=Path, default=Path("distillation-demo"), help="folder for student, figures and plot"
+        "--temperature", type=float, default=1.0, help="temperature of the softmax of teacher and student"
+    )
+    command.add_argument("--alpha", type=float, default=0.5, help="weight of the soft term, in [0, 1]")
+    command.add_argument("--seeds", type=_positive, default=5, help="number of runs, each with its own split")
+    command.add_argument("--epochs", type=_positive, default=40, help="passes over the training rows")
+    command.add_argument(
+        "--output",
+        type=Path,
+        default=Path("distillation-demo"),
+        help="folder for the student, the figures and the plot",
     )
     return parser
 
 
-def _positive(text) -> int:
+def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be an integer of at least 1, got {text!r}")
     return int(text)

@@ -1,13 +1,14 @@
-"""A deep CNN teaches a tiny one on digits' 8 x 8 images.
+"""Distil a deep CNN into a tiny one on the 8 x 8 images of scikit-learn's digits.
 
-The teacher is trained on the images as they are, and its logits are computed once, for these and for shifted ones.
-Students, from the same first weights, learn from all of them: one from the labels alone, four from the teacher too,
-each with another alpha and temperature. Of the four the best on validation rows is kept, a fifth of the training rows
-that neither teacher nor students have seen. Epochs and learning rates, which are the same for all students, were once
-tried on test rows of these digits: the figures show the way, and prove no gain.
+The teacher is trained on the original images. Its logits are computed once, for these and for shifted images. Students
+with the same initial weights are trained on all of them: one on the labels alone, four with the teacher, each with
+another alpha and temperature. Of the four, the student with the best accuracy on the validation rows is kept; the
+validation rows are a fifth of the training rows, on which neither teacher nor students are trained. The numbers of
+epochs and the learning rates, the same for all students, were tuned on test rows of these digits in the past: the
+figures illustrate the method and are no proof of a gain.
 
-Run it with `python examples/cnn_to_cnn.py`; it takes half a minute on one thread (OMP_NUM_THREADS=1, for these figures)
-and prints the last student's report, after these lines:
+Run it with `python examples/cnn_to_cnn.py`. It takes half a minute on one thread (OMP_NUM_THREADS=1, as for these
+figures). It prints these lines, then the report of the last student:
 
     seed  teacher  labels only  distilled  agreement: labels only  distilled
        0    0.994        0.943      0.965                   0.941      0.967
@@ -31,7 +32,7 @@ SETTINGS = [(0.5, 2.0), (0.5, 4.0), (0.9, 2.0), (0.9, 4.0)]  # alpha and tempera
 
 
 def make_teacher():
-    """Four convolutions with batch normalisation, 37,282 parameters."""
+    """A CNN of four convolutions with batch normalisation, 37,282 parameters."""
     layers, width = [], 1
     for channels in (24, 24, 48, 48):
         layers += [nn.Conv2d(width, channels, 3, padding=1, bias=False), nn.BatchNorm2d(channels), nn.ReLU()]
@@ -42,7 +43,7 @@ def make_teacher():
 
 
 def make_student():
-    """Two convolutions, 830 parameters."""
+    """A CNN of two convolutions, 830 parameters."""
     return nn.Sequential(
         nn.Conv2d(1, 6, 3, stride=2, padding=1),
         nn.ReLU(),
@@ -55,7 +56,7 @@ def make_student():
 
 
 def train(model, data, rate, epochs, seed, **options):
-    """Adam with a cosine schedule; ``options`` are those of the loss."""
+    """Train with Adam and a cosine schedule; ``options`` are those of DistillationLoss."""
     optimizer = torch.optim.Adam(model.parameters(), lr=rate, fused=True)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
     loss = pydistill.DistillationLoss(**options)
@@ -65,7 +66,7 @@ def train(model, data, rate, epochs, seed, **options):
 
 
 def shifted(X, y):
-    """The images, and each moved by one pixel in four directions: more rows for the teacher to speak about."""
+    """The images, and each of them shifted by one pixel in four directions: more rows with teacher outputs."""
     moves = [(0, 0), (0, 1), (0, -1), (1, 0), (-1, 0)]
     padded = nn.functional.pad(X, (1, 1, 1, 1))
     images = [padded[:, :, 1 + i : 9 + i, 1 + j : 9 + j] for i, j in moves]
@@ -74,17 +75,17 @@ def shifted(X, y):
 
 @torch.inference_mode()
 def accuracy(student, X, y):
-    """Share of the rows that the student gets right."""
+    """Share of the rows whose class the student predicts."""
     return float((student(X).argmax(-1) == y).double().mean())
 
 
 def run(seed, teacher_epochs, epochs):
-    """One seed: reports of the student that learned from labels alone and of the distilled one."""
+    """Train all models for one seed; returns the reports of the student on labels alone and the distilled one."""
     X, y = load_digits(return_X_y=True)
     images = (X / 16).astype("float32").reshape(-1, 1, 8, 8)
     parts = train_test_split(images, y, test_size=0.3, stratify=y, random_state=seed)
     X, X_test, y, y_test = map(torch.from_numpy, parts)
-    held_out = len(X) // 5  # the rows come shuffled
+    held_out = len(X) // 5  # train_test_split has shuffled the rows
     (X_val, X), (y_val, y) = ((rows[:held_out], rows[held_out:]) for rows in (X, y))
     torch.manual_seed(seed)
     teacher = train(make_teacher(), (X, y), 3e-3, teacher_epochs, seed, alpha=0.0)
@@ -103,7 +104,7 @@ def run(seed, teacher_epochs, epochs):
 
 
 def main(seeds=3, teacher_epochs=6, epochs=10):
-    """Print a line per seed and the last distilled student's report; returns the means."""
+    """Print one line per seed and the report of the last distilled student; returns the means."""
     print("seed  teacher  labels only  distilled  agreement: labels only  distilled")
     results = []
     for seed in range(seeds):

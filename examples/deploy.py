@@ -1,7 +1,7 @@
-"""A distilled student, saved, loaded again, exported to ONNX and run by ONNX Runtime, without torch.
+"""Save a distilled student, load it again, export it to ONNX and run it with ONNX Runtime, without torch.
 
-The ONNX file takes any number of rows, and gives the same classes and, within rounding, the same logits. Run it with
-`python examples/deploy.py`; it ends like this (one thread):
+The ONNX model accepts any number of rows. It predicts the same classes, and its logits are the same within rounding.
+Run the example with `python examples/deploy.py`. The last lines of its output (one thread):
 
     student.safetensors 9,920 bytes, student.onnx 13,869 bytes
     540 test rows: accuracy 0.972, largest difference of a logit 1.7e-06, same classes: True
@@ -29,12 +29,12 @@ BATCH = 256
 
 
 def make_student():
-    """64 inputs, 32 hidden units, 10 classes: what saves it and what loads it must agree on this."""
+    """The student: 64 inputs, 32 hidden units, 10 classes. The code that loads it must build the same module."""
     return torch.nn.Sequential(torch.nn.Linear(64, 32), torch.nn.ReLU(), torch.nn.Linear(32, 10))
 
 
 def distil(X, y, trees, epochs):
-    """A student of a random forest."""
+    """Distil a random forest into the student."""
     targets = soft_targets(RandomForestClassifier(trees, oob_score=True, random_state=0), X, y)
     torch.manual_seed(0)
     student = make_student()
@@ -45,7 +45,10 @@ def distil(X, y, trees, epochs):
 
 
 def export(student, path):
-    """One ONNX file, weights included, for any number of rows. Of the example's two rows one would be too few."""
+    """Write one ONNX file, weights included, for any number of rows.
+
+    The export is traced with two rows: with one row it would fix the number of rows at 1.
+    """
     torch.onnx.export(
         student.eval(),
         (torch.zeros(2, 64),),
@@ -59,14 +62,14 @@ def export(student, path):
 
 
 def open_session(path):
-    """ONNX Runtime on one thread, which is all that a network of this size can use."""
+    """Open the model in ONNX Runtime on one thread: a network of this size gains nothing from more."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
     return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
 
 def milliseconds(work, repeats=100):
-    """Median time of a call."""
+    """Median time of a call in milliseconds."""
     work()
     times = []
     for _ in range(repeats):
@@ -78,7 +81,7 @@ def milliseconds(work, repeats=100):
 
 @torch.inference_mode()
 def compare(student, session, X, y):
-    """Both on the same rows: how far the logits are apart, whether all classes are the same, how long they take."""
+    """Compare torch and ONNX Runtime on the same rows: logits, classes and time."""
     run = lambda rows: session.run(["logits"], {"pixels": rows})[0]  # noqa: E731
     want, got = student(torch.from_numpy(X)).numpy(), run(X)
     figures = {
@@ -95,7 +98,7 @@ def compare(student, session, X, y):
 
 
 def main(trees=200, epochs=40):
-    """Distil, save, load, export, compare; returns the figures."""
+    """Distil, save, load, export and compare; returns the figures."""
     X, y = load_digits(return_X_y=True)
     X, X_test, y, y_test = train_test_split((X / 16).astype("float32"), y, test_size=0.3, stratify=y, random_state=0)
     with tempfile.TemporaryDirectory() as name:

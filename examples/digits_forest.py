@@ -1,8 +1,8 @@
-"""Distil a random forest of 200 trees into a network of 2,410 parameters, whose file is some 660 times smaller.
+"""Distil a random forest of 200 trees into a network of 2,410 parameters, whose file is about 660 times smaller.
 
-Each of the five seeds has its own split. The student learns from the forest's out-of-bag probabilities; the temperature
-is chosen on validation rows, and the test rows are used once, for the figures below. Run it with
-`python examples/digits_forest.py`; on two cores it takes about 40 seconds and prints:
+Each of the five seeds has its own split. The student learns from the forest's out-of-bag probabilities. The temperature
+is chosen on validation rows; the test rows are used once, for the figures below. Run it with
+`python examples/digits_forest.py`. It takes about 40 seconds on two cores and prints:
 
     seed  T  forest  student  smaller  faster (batch of 256)
        0  1   0.981    0.978    667 x   612 x
@@ -44,7 +44,7 @@ def split(X, y, seed):
 
 
 def train_student(X, targets, y, temperature, seed, epochs):
-    """A 64-32-10 network that learns from soft targets and labels, half and half."""
+    """Train a 64-32-10 network on soft targets and labels, with equal weights."""
     torch.manual_seed(seed)
     student = torch.nn.Sequential(torch.nn.Linear(64, 32), torch.nn.ReLU(), torch.nn.Linear(32, 10))
     loss = pydistill.DistillationLoss(temperature=temperature, alpha=0.5)
@@ -56,12 +56,12 @@ def train_student(X, targets, y, temperature, seed, epochs):
 
 @torch.no_grad()
 def accuracy(student, X, y):
-    """Share of the rows that the student gets right."""
+    """Share of the rows whose class the student predicts."""
     return float((student(X).argmax(-1) == y).double().mean())
 
 
 def size(student):
-    """Bytes of the student's file."""
+    """Size of the student's file in bytes."""
     file = BytesIO()
     torch.save(student.state_dict(), file)
     return len(file.getbuffer())
@@ -69,7 +69,7 @@ def size(student):
 
 @torch.no_grad()
 def milliseconds(work, repeats):
-    """Median time of a call."""
+    """Median time of a call in milliseconds."""
     work()
     times = []
     for _ in range(repeats):
@@ -80,7 +80,7 @@ def milliseconds(work, repeats):
 
 
 def run(seed, trees, epochs):
-    """One seed: teacher and student on the test rows."""
+    """Train and measure teacher and student for one seed."""
     (X, y), (X_val, y_val), (X_test, y_test) = split(*load(), seed)
     forest = RandomForestClassifier(trees, oob_score=True, random_state=seed).fit(X, y)
     targets = soft_targets(forest, X, y)
@@ -98,7 +98,7 @@ def run(seed, trees, epochs):
 
 
 def main(seeds=5, trees=200, epochs=40):
-    """Print a line per seed; returns the means."""
+    """Print one line per seed; returns the means."""
     print("seed  T  forest  student  smaller  faster (batch of 256)")
     results = []
     for seed in range(seeds):

@@ -1,8 +1,8 @@
-"""Distil XGBoost into a small network, from its margins: they are exact logits, so that nothing is rounded to 0 or 1.
+"""Distil XGBoost into a small network, using its margins as logits: unlike probabilities, they never round to 0 or 1.
 
-The student learns from margins out of fold. The same network learns from the labels alone, from the same first weights
-and batches in the same order. Run it with `python examples/digits_xgboost.py`; on two cores it takes about 30 seconds
-and prints means over three seeds. With a label for every row distillation gains no accuracy here:
+The student learns from out-of-fold margins. For comparison, the same network is trained on the labels alone, with the
+same initial weights and the same order of batches. Run it with `python examples/digits_xgboost.py`. It takes about 30
+seconds on two cores and prints means over three seeds. With a label for every row, distillation gains no accuracy here:
 
     teacher                 0.970
     labels only             0.972
@@ -23,7 +23,7 @@ from pydistill.teachers import soft_targets, teacher_outputs
 
 
 def train_student(X, targets, y, alpha, seed, epochs):
-    """A 64-32-10 network; alpha weighs the soft targets, and 0 leaves the labels alone."""
+    """Train a 64-32-10 network; alpha is the weight of the soft targets, and with 0 only the labels are used."""
     torch.manual_seed(seed)
     student = torch.nn.Sequential(torch.nn.Linear(64, 32), torch.nn.ReLU(), torch.nn.Linear(32, 10))
     loss = pydistill.DistillationLoss(temperature=2.0, alpha=alpha)
@@ -34,7 +34,7 @@ def train_student(X, targets, y, alpha, seed, epochs):
 
 
 def run(seed, trees, epochs):
-    """One seed: accuracies of the test rows, and how often the students agree with the teacher."""
+    """Accuracies on the test rows, and agreement of the students with the teacher, for one seed."""
     X, y = load_digits(return_X_y=True)
     X = (X / 16).astype("float32")
     X, X_test, y, y_test = train_test_split(X, y, test_size=0.3, stratify=y, random_state=seed)

@@ -1,7 +1,7 @@
-"""DistilBERT's loss: soft targets, labels, and the direction of the hidden states, for a masked language model.
+"""DistilBERT's loss for a masked language model: soft targets, labels, and the cosine distance of the hidden states.
 
-The first two terms are one fused call; the third is torch's. Tiny transformers on digits of pi, so that it runs in
-seconds: python examples/distilbert_loss.py
+The first two terms are one fused call; the third is torch's. The models are tiny transformers, trained on digits of pi,
+so that the example runs in seconds: `python examples/distilbert_loss.py`
 """
 
 import torch
@@ -14,7 +14,7 @@ MASK, VOCABULARY, LENGTH = 10, 11, 16
 
 
 class Model(torch.nn.Module):
-    """An encoder that also returns its last hidden states."""
+    """A transformer encoder that returns logits and its last hidden states."""
 
     def __init__(self, layers, width=32):
         super().__init__()
@@ -31,7 +31,7 @@ class Model(torch.nn.Module):
 
 
 def masked_batch(rows):
-    """Tokens with a sixth of them masked, and labels that are -100 where nothing is to be predicted."""
+    """Tokens of which a sixth is masked, and labels: the original token if it is masked, else -100 (ignored)."""
     start = torch.randint(len(TEXT) - LENGTH, (rows,))
     tokens = torch.tensor([[int(c) for c in TEXT[i : i + LENGTH]] for i in start])
     hidden = torch.rand(tokens.shape) < 1 / 6
@@ -39,7 +39,7 @@ def masked_batch(rows):
 
 
 def distilbert_loss(student, teacher, tokens, labels):
-    """5 T^2 KL + 2 CE + 1 cosine. The fused call's alpha is the soft term's share of the first two."""
+    """5 T^2 KL + 2 CE + 1 cosine. In the fused call, alpha is the share of the soft term: 5 / (5 + 2)."""
     logits, hidden = student(tokens)
     with torch.no_grad():
         teacher_logits, teacher_hidden = teacher(tokens)
@@ -52,7 +52,7 @@ def distilbert_loss(student, teacher, tokens, labels):
 
 
 def main(steps=150):
-    """Train a teacher, then distil it; the losses of every step."""
+    """Train a teacher, then distil it; returns the loss and its cosine term for every step."""
     torch.manual_seed(0)
     torch.set_num_threads(1)
     teacher, student = Model(layers=3), Model(layers=1)
@@ -72,7 +72,7 @@ def main(steps=150):
         optimizer.step()
         history.append((float(loss.detach()), float(cosine.detach())))
     first, last = history[0], history[-1]
-    print(f"loss {first[0]:.3f} -> {last[0]:.3f}, of it the cosine term {first[1]:.3f} -> {last[1]:.3f}")
+    print(f"loss {first[0]:.3f} -> {last[0]:.3f}, of which the cosine term {first[1]:.3f} -> {last[1]:.3f}")
     return history
 
 

@@ -1,9 +1,9 @@
-"""Distil a small GPT into a smaller one from hidden states: the logits of a batch never exist as a whole.
+"""Distil a small GPT into a smaller one from hidden states: the logits of a batch are never stored as a whole.
 
-The text is the Python language reference, which comes with Python (pydoc_data). A teacher is trained a little; then
-students learn from it (LinearTeacher), from its cached top-k outputs, and from the text alone. Run it with
-`python examples/language_model.py`; on two cores it takes about 40 seconds and ends like this (cross-entropy of unseen
-paragraphs, in nats per token):
+The text is the Python language reference, which is part of Python (pydoc_data). A teacher is trained briefly. Then one
+student learns from its hidden states (LinearTeacher), one from its cached top-k outputs, and one from the text alone.
+Run it with `python examples/language_model.py`. It takes about 40 seconds on two cores and prints the cross-entropy on
+unseen paragraphs, in nats per token:
 
     teacher                       3.672
     student, LinearTeacher        4.275
@@ -25,7 +25,7 @@ OPTIONS = {"temperature": 1.5, "alpha": 0.7}
 
 
 class GPT(torch.nn.Module):
-    """A causal transformer that returns its last hidden states; ``embed.weight`` is its head's weight too."""
+    """A causal transformer that returns its last hidden states; ``embed.weight`` is also the weight of its head."""
 
     def __init__(self, width, layers):
         super().__init__()
@@ -45,7 +45,7 @@ class GPT(torch.nn.Module):
 
 
 def paragraphs():
-    """The text as token numbers, one tensor per paragraph of at least a few words; number 0 is every rare word."""
+    """The text as token ids, one tensor per paragraph of more than 8 words; id 0 stands for all rare words."""
     texts = [re.findall(r"\w+|[^\w\s]", part) for topic in topics.values() for part in topic.split("\n\n")]
     texts = [words[: LENGTH + 1] for words in texts if len(words) > 8]
     common = Counter(word for words in texts for word in words).most_common(WORDS - 1)
@@ -54,20 +54,20 @@ def paragraphs():
 
 
 def make_batch(texts):
-    """``(tokens, labels)``, padded. Labels are shifted here, once: a token's label is the next token."""
+    """Padded ``(tokens, labels)``. The labels are already shifted: the label of a token is the next token."""
     tokens = torch.nn.utils.rnn.pad_sequence([text[:-1] for text in texts], batch_first=True)
     labels = torch.nn.utils.rnn.pad_sequence([text[1:] for text in texts], batch_first=True, padding_value=PAD)
     return tokens, labels
 
 
 def linear_teacher(teacher, tokens):
-    """The teacher of a batch, in H numbers per token instead of C."""
+    """The teacher's outputs for a batch as hidden states: H numbers per token instead of C logits."""
     with torch.no_grad():
         return pydistill.LinearTeacher(teacher(tokens), teacher.embed.weight)
 
 
 def cached_targets(teacher, batches, k=32):
-    """The teacher's k largest logits per token, computed once and reused in every epoch."""
+    """The k largest logits of the teacher per token, computed once and reused in every epoch."""
     temperatures = (OPTIONS["temperature"],)
     with torch.no_grad():
         logits = (F.linear(teacher(tokens), teacher.embed.weight) for tokens, _ in batches)
@@ -75,7 +75,7 @@ def cached_targets(teacher, batches, k=32):
 
 
 def train(model, batches, epochs, targets=None, micro_batches=2):
-    """AdamW. ``targets(i)`` gives the teacher of batch i; without, the text alone is learned."""
+    """Train with AdamW. ``targets(i)`` returns the teacher of batch i; without it, the model learns the text alone."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3)
     options = OPTIONS if targets else {"alpha": 0.0}
     for _ in range(epochs):
@@ -88,7 +88,9 @@ def train(model, batches, epochs, targets=None, micro_batches=2):
                     model.embed.weight,
                     teacher[rows] if targets else None,
                     labels[rows],
-                    num_items=int((labels != PAD).sum()),  # of the whole batch: micro-batches add up to it
+                    num_items=int(
+                        (labels != PAD).sum()
+                    ),  # of the whole batch, so that the losses of its micro-batches add up
                     **options,
                 )
                 loss.backward()
@@ -98,7 +100,7 @@ def train(model, batches, epochs, targets=None, micro_batches=2):
 
 @torch.no_grad()
 def cross_entropy(model, batches):
-    """Nats per token."""
+    """Cross-entropy of the model in nats per token."""
     losses = [
         pydistill.linear_distillation_loss(model(tokens), model.embed.weight, None, labels, alpha=0.0, reduction="sum")
         for tokens, labels in batches
@@ -107,7 +109,7 @@ def cross_entropy(model, batches):
 
 
 def eager_loss(hidden, weight, teacher_hidden, teacher_weight, labels):
-    """The same loss as one writes it in torch, with all logits."""
+    """The same loss in plain torch, with all logits in memory."""
     T, alpha, counts = OPTIONS["temperature"], OPTIONS["alpha"], labels != PAD
     student, teacher = F.linear(hidden, weight)[counts], F.linear(teacher_hidden, teacher_weight)[counts]
     log_q, log_p = F.log_softmax(student / T, -1), F.log_softmax(teacher / T, -1)
@@ -116,7 +118,7 @@ def eager_loss(hidden, weight, teacher_hidden, teacher_weight, labels):
 
 
 def main(texts=None, teacher_epochs=3, epochs=2):
-    """Train all four; returns the cross-entropies of unseen text."""
+    """Train the teacher and three students; returns their cross-entropies on unseen text."""
     torch.manual_seed(0)
     texts = paragraphs() if texts is None else texts
     texts = [texts[i] for i in torch.randperm(len(texts))[:1500]]

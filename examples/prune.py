@@ -1,10 +1,10 @@
-"""Distil, prune, and fine-tune what is left with the teacher: distillation and torch.nn.utils.prune combine.
+"""Distil a student, prune it with torch.nn.utils.prune, and fine-tune the remaining weights with the teacher.
 
-Nine tenths of a student's weights go. Fine-tuning brings most of the accuracy back; here it does so with the teacher no
-better than from the labels alone. The settings were once tried on test rows of these digits: the figures show what
-happens, and claim no more.
+Nine tenths of the student's weights are pruned. Fine-tuning restores most of the accuracy; here, fine-tuning with the
+teacher is no better than fine-tuning on the labels alone. The settings were tuned on test rows of these digits in the
+past: the figures illustrate the method and claim no more.
 
-Run it with `python examples/prune.py`; it takes ten seconds on one thread (OMP_NUM_THREADS=1, for these figures) and
+Run it with `python examples/prune.py`. It takes ten seconds on one thread (OMP_NUM_THREADS=1, as for these figures) and
 prints means over three seeds:
 
     teacher                     0.990
@@ -32,7 +32,7 @@ from torch.nn.utils import prune
 import pydistill
 from pydistill.teachers import soft_targets, teacher_outputs
 
-KEPT = 0.1  # of all weights; biases stay
+KEPT = 0.1  # share of the weights; biases are not pruned
 
 
 def make_teacher():
@@ -41,7 +41,10 @@ def make_teacher():
 
 
 def train(student, data, alpha, rate, epochs, seed):
-    """Some epochs on ``(X, targets, y)``; alpha weighs the teacher. Pruning needs a new optimizer."""
+    """Train on ``(X, targets, y)``; alpha is the weight of the soft term.
+
+    Each call makes a new optimizer, because pruning replaces the parameters.
+    """
     loss = pydistill.DistillationLoss(temperature=1.0, alpha=alpha)
     optimizer = torch.optim.Adam(student.parameters(), lr=rate, fused=True)
     pydistill.Trainer(student, loss, optimizer=optimizer, seed=seed, progress=False).fit(data, epochs=epochs)
@@ -49,18 +52,18 @@ def train(student, data, alpha, rate, epochs, seed):
 
 
 def linear_layers(student):
-    """What is pruned."""
+    """The layers whose weights are pruned."""
     return [layer for layer in student if isinstance(layer, torch.nn.Linear)]
 
 
 def make_student():
-    """64-64-64-10."""
+    """A network with layers of 64, 64, 64 and 10 units."""
     linear, relu = torch.nn.Linear, torch.nn.ReLU
     return torch.nn.Sequential(linear(64, 64), relu(), linear(64, 64), relu(), linear(64, 10))
 
 
 def pruned_copy(student):
-    """The same student with its smallest weights, over all layers, masked to 0."""
+    """A copy of the student with the smallest weights of all layers masked to 0."""
     copy = make_student()
     copy.load_state_dict(student.state_dict())
     weights = [(layer, "weight") for layer in linear_layers(copy)]
@@ -69,30 +72,30 @@ def pruned_copy(student):
 
 
 def make_permanent(student):
-    """Plain weights with zeros in place of weights and masks, so that it can be saved and loaded as usual."""
+    """Replace weights and masks by plain weights with zeros, so that the student can be saved and loaded as usual."""
     for layer in linear_layers(student):
         prune.remove(layer, "weight")
     return student
 
 
 def count_weights(student):
-    """Weights that are not 0."""
+    """Number of weights that are not 0."""
     return sum(int(layer.weight.count_nonzero()) for layer in linear_layers(student))
 
 
 def zipped(student):
-    """Bytes of its file under gzip. The file itself is as large as ever: zeros take as much room as other numbers."""
+    """Size of the student's file after gzip, in bytes. Without gzip, zeros take as much space as other numbers."""
     return len(gzip.compress(save(student.state_dict()), mtime=0))
 
 
 @torch.inference_mode()
 def accuracy(student, X, y):
-    """Share of the rows that the student gets right."""
+    """Share of the rows whose class the student predicts."""
     return float((student(X).argmax(-1) == y).double().mean())
 
 
 def run(seed, epochs):
-    """One seed: test accuracies on the way, and sizes."""
+    """Test accuracies after each step, and sizes, for one seed."""
     X, y = load_digits(return_X_y=True)
     parts = train_test_split((X / 16).astype("float32"), y, test_size=0.3, stratify=y, random_state=seed)
     X, X_test, y, y_test = map(torch.from_numpy, parts)

@@ -1,8 +1,9 @@
-"""Distil a forest within scikit-learn: a Pipeline, and a GridSearchCV over temperature and alpha.
+"""Distil a forest within scikit-learn: a Pipeline on digits, and a GridSearchCV over temperature and alpha.
 
-On digits. Each fold grows its forest once, and each candidate's student learns from it out of fold. Run it with
-`python examples/sklearn_pipeline.py`; on two cores it takes about 30 seconds and prints this (accuracy over 3 folds of
-the training rows, then on the test rows). A forest's probabilities are soft as they are: a higher temperature loses.
+The forest is fitted once per fold of the search; each candidate's student learns from its out-of-fold probabilities. A
+forest's probabilities are already soft: here, a higher temperature lowers the accuracy. Run it with
+`python examples/sklearn_pipeline.py`. It takes about 30 seconds on two cores and prints the mean accuracy over 3 folds
+of the training rows, then the figures on the test rows:
 
     the labels alone          0.963
                               T = 1  T = 2  T = 4
@@ -31,7 +32,7 @@ ALPHAS = [0.3, 0.7]
 
 
 def make_search(folder, trees):
-    """Every candidate of a fold has the same teacher, so ``memory`` keeps it: forests are grown once a fold."""
+    """The search. All candidates of a fold have the same teacher: with ``memory`` it is fitted once per fold."""
     student = DistilledClassifier(
         RandomForestClassifier(trees), hidden_layer_sizes=(32,), epochs=30, memory=folder, random_state=0
     )
@@ -42,7 +43,7 @@ def make_search(folder, trees):
 
 
 def print_table(search):
-    """Mean accuracy over the folds, a line per alpha and a column per temperature."""
+    """Print the mean accuracy over the folds, one line per alpha and one column per temperature."""
     labels_alone, *means = search.cv_results_["mean_test_score"]
     print(f"the labels alone          {labels_alone:.3f}")
     print("                          " + "  ".join(f"T = {t:g}" for t in TEMPERATURES))
@@ -51,7 +52,7 @@ def print_table(search):
 
 
 def main(trees=50):
-    """Search, then measure on rows that had no part in it; returns the figures."""
+    """Search, then measure on rows that were not used in the search; returns the figures."""
     X, y = load_digits(return_X_y=True)
     X, X_test, y, y_test = train_test_split(X, y, test_size=0.3, stratify=y, random_state=0)
     with tempfile.TemporaryDirectory() as folder:

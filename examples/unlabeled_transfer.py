@@ -1,10 +1,10 @@
-"""200 labelled digits, 1,057 without a label: a teacher that is good with few labels teaches a network with the rest.
+"""Distil with unlabelled rows: 200 labelled digits, and 1,057 for which only the teacher's outputs are known.
 
-The teacher is a support vector machine, fitted on the 200. Unlabelled rows have the label -100; with
-``unlabeled="distill"`` they keep their soft term. The same network, for as many steps, learns from the 200 labels
-alone. The test rows are the same 540 for all seeds; the options were chosen on rows split off from the others. A seed
-draws which rows have a label. Run it with `python examples/unlabeled_transfer.py`; on two cores it takes about 30
-seconds and prints:
+The teacher is a support vector machine, which is accurate with few labels; it is fitted on the 200 labelled rows.
+Unlabelled rows have the label -100; with ``unlabeled="distill"`` they count in the soft term. For comparison, the same
+network is trained for as many steps on the 200 labelled rows alone. The seed determines which rows are labelled; the
+test rows are the same 540 for all seeds. The options were chosen on validation rows, split off from the training rows.
+Run it with `python examples/unlabeled_transfer.py`. It takes about 30 seconds on two cores and prints:
 
     seed  teacher  200 labels only  distilled
        0    0.959            0.939      0.954
@@ -31,7 +31,7 @@ LABELED, STEPS, BATCH = 200, 1000, 64
 
 
 def load():
-    """Training rows, whose labels a seed may hide, and test rows."""
+    """Training rows and test rows with their labels; each seed uses the labels of 200 training rows."""
     X, y = load_digits(return_X_y=True)
     parts = train_test_split((X / 16).astype("float32"), y, test_size=0.3, stratify=y, random_state=0)
     return map(torch.from_numpy, parts)
@@ -41,14 +41,14 @@ def make_teacher():
     """A support vector machine with pairwise Platt scaling.
 
     scikit-learn 1.9 deprecates it in favour of ``CalibratedClassifierCV(SVC(), ensemble=False)``, which scales each
-    class against the rest: a teacher as accurate, but on validation rows its students gained little or nothing.
+    class against the rest. That teacher is as accurate, but on validation rows its students gained little or nothing.
     """
     warnings.filterwarnings("ignore", "The `probability` parameter", FutureWarning)
     return SVC(C=10, probability=True, random_state=0)
 
 
 def train_student(X, targets, y, alpha, seed, steps):
-    """A 64-64-10 network after about so many steps."""
+    """Train a 64-64-10 network for about ``steps`` steps; returns the trainer."""
     torch.manual_seed(seed)
     student = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 10))
     loss = pydistill.DistillationLoss(temperature=TEMPERATURE, alpha=alpha, unlabeled="distill")
@@ -59,16 +59,16 @@ def train_student(X, targets, y, alpha, seed, steps):
 
 
 def accuracy(logits, y):
-    """Share of the rows whose largest logit is the label's."""
+    """Share of the rows whose largest logit is that of the label."""
     return float((logits.argmax(-1) == y).double().mean())
 
 
 def run(seed, X, X_test, y, y_test, steps):
-    """Accuracies of the test rows for one choice of labelled rows."""
+    """Accuracies on the test rows for one choice of labelled rows."""
     labeled, unlabeled = train_test_split(range(len(y)), train_size=LABELED, stratify=y, random_state=seed)
     seen, answers = X[labeled], y[labeled]
     teacher = make_teacher().fit(seen, answers)
-    own = soft_targets(make_teacher(), seen, answers)  # out of fold: the teacher has seen these rows
+    own = soft_targets(make_teacher(), seen, answers)  # out of fold, because the teacher was fitted on them
     other = teacher_outputs(teacher, X[unlabeled])
     targets = pydistill.SoftTargets.from_log_probs(torch.cat([own.logits, other.logits]))
     rows = torch.cat([seen, X[unlabeled]])
@@ -84,7 +84,7 @@ def run(seed, X, X_test, y, y_test, steps):
 
 
 def main(seeds=5, steps=STEPS):
-    """Print a line per seed; returns the means, and mean and standard deviation of the paired differences."""
+    """Print one line per seed; returns the means, and the mean and standard deviation of the paired differences."""
     data = list(load())
     print("seed  teacher  200 labels only  distilled")
     results = []

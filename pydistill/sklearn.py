@@ -38,8 +38,8 @@ try:
     from sklearn.utils import _safe_indexing, check_array, check_consistent_length, check_random_state
     from sklearn.utils.multiclass import check_classification_targets
     from sklearn.utils.validation import _check_sample_weight, check_is_fitted, check_memory, validate_data
-except ImportError as error:
-    raise ImportError("pydistill.sklearn needs scikit-learn: pip install 'pydistill-kd[sklearn]'") from error
+except ImportError as _error:
+    raise ImportError("pydistill.sklearn needs scikit-learn: pip install 'pydistill-kd[sklearn]'") from _error
 
 Estimator: TypeAlias = Any  # a classifier of scikit-learn or XGBoost, which have no type information
 Table: TypeAlias = Any  # rows as scikit-learn takes them: an array, a list, a DataFrame, a sparse matrix

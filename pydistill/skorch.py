@@ -18,8 +18,8 @@ try:
     from skorch import NeuralNetClassifier
     from skorch.dataset import Dataset as SkorchDataset
     from skorch.utils import data_from_dataset, is_skorch_dataset, to_tensor
-except ImportError as error:
-    raise ImportError("pydistill.skorch needs skorch: pip install 'pydistill-kd[skorch]'") from error
+except ImportError as _error:
+    raise ImportError("pydistill.skorch needs skorch: pip install 'pydistill-kd[skorch]'") from _error
 
 Inputs: TypeAlias = Any  # all that skorch takes as X: an array, a tensor, a list, a dict, a Dataset
 Teacher: TypeAlias = SoftTargets | TeacherStore | Tensor

@@ -161,7 +161,8 @@ def _is_same_model(model: Model, own: Model, rows: Rows) -> bool:
 
 
 def _for_module(X: Rows, module: nn.Module) -> Tensor:
-    return as_input(X.detach() if isinstance(X, Tensor) else np.asarray(X), float_dtype(module, None))
+    rows = as_input(X.detach() if isinstance(X, Tensor) else np.asarray(X), None)
+    return as_input(rows, float_dtype(module, rows.dtype))
 
 
 def _for_classifier(X: Rows, model: Model) -> Rows:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from copy import copy, deepcopy
 from numbers import Integral
 from os import PathLike
-from typing import Any, Self, TypeAlias
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -19,6 +19,8 @@ from pydistill._torch_modules import as_input, float_dtype
 from pydistill.losses import DistillationLoss
 from pydistill.targets import SoftTargets
 from pydistill.teachers.estimators import (
+    Estimator,
+    EstimatorInput,
     check_classifier,
     fit_weighted,
     frozen_part,
@@ -41,8 +43,6 @@ try:
 except ImportError as _error:
     raise ImportError("pydistill.sklearn needs scikit-learn: pip install 'pydistill-kd[sklearn]'") from _error
 
-Estimator: TypeAlias = Any  # a classifier of scikit-learn or XGBoost, which have no type information
-Table: TypeAlias = Any  # rows as scikit-learn takes them: an array, a list, a DataFrame, a sparse matrix
 
 _FLOATS = (np.float64, np.float32)  # features keep their precision for the teacher
 _UNLABELED = -100
@@ -171,7 +171,11 @@ class DistilledClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         self.random_state = random_state
 
     def fit(
-        self, X: Table, y: ArrayLike, sample_weight: ArrayLike | None = None, X_unlabeled: Table | None = None
+        self,
+        X: EstimatorInput,
+        y: ArrayLike,
+        sample_weight: ArrayLike | None = None,
+        X_unlabeled: EstimatorInput | None = None,
     ) -> Self:
         """Fit the teacher, then the student.
 
@@ -202,7 +206,9 @@ class DistilledClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         self.__dict__ = fitted.__dict__
         return self
 
-    def _fit(self, X: Table, y: ArrayLike, sample_weight: ArrayLike | None, X_unlabeled: Table | None) -> None:
+    def _fit(
+        self, X: EstimatorInput, y: ArrayLike, sample_weight: ArrayLike | None, X_unlabeled: EstimatorInput | None
+    ) -> None:
         X, y, weight, counts = _rows_that_count(X, y, sample_weight)
         features, labels = validate_data(self, X, y, dtype=_FLOATS)
         check_classification_targets(labels)
@@ -252,13 +258,13 @@ class DistilledClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
     def _hint(self) -> str:
         return f"scale the features (StandardScaler), or lower learning_rate, which is {self.learning_rate}"
 
-    def predict(self, X: Table) -> NDArray[Any]:
+    def predict(self, X: EstimatorInput) -> NDArray[Any]:
         """The student's classes ``(N,)``."""
         probs = self.predict_proba(X)  # before classes_ is read: it checks that the classifier is fitted
         classes: NDArray[Any] = self.classes_[probs.argmax(1)]
         return classes
 
-    def predict_proba(self, X: Table) -> NDArray[Any]:
+    def predict_proba(self, X: EstimatorInput) -> NDArray[Any]:
         """The student's probabilities ``(N, n_classes)`` at T = 1; columns in the order of ``classes_``.
 
         They are float32, or float64 for a float64 student.
@@ -276,7 +282,7 @@ class DistilledClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         student_bytes: int = sum(x.nbytes for x in self.student_.state_dict().values())
         return len(pickle.dumps(self.teacher_)) / student_bytes
 
-    def _check_unlabeled(self, X_unlabeled: Table) -> NDArray[Any]:
+    def _check_unlabeled(self, X_unlabeled: EstimatorInput) -> NDArray[Any]:
         rows: NDArray[Any] = check_array(X_unlabeled, dtype=_FLOATS, input_name="X_unlabeled", ensure_min_samples=0)
         if len(rows) == 0:
             raise ValueError("X_unlabeled must hold at least one row, got none; pass None if there are no such rows")
@@ -340,7 +346,7 @@ class DistilledClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
 
     def _teach(
         self,
-        rows: Table,
+        rows: EstimatorInput,
         y: NDArray[Any],
         classes: NDArray[Any],
         cv: Any,
@@ -361,7 +367,7 @@ class DistilledClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
 
 
 def _fit_teacher(
-    teacher: Estimator, rows: Table, y: NDArray[Any], cv: Any, weight: NDArray[Any] | None
+    teacher: Estimator, rows: EstimatorInput, y: NDArray[Any], cv: Any, weight: NDArray[Any] | None
 ) -> tuple[Estimator, SoftTargets]:
     targets = soft_targets(teacher, rows, y, cv=cv, sample_weight=weight)
     return fit_weighted(for_labels(teacher, np.unique(y)), rows, y, weight), targets
@@ -422,14 +428,14 @@ def _with_unlabeled(
     return torch.cat([inputs, more_inputs]), soft, torch.cat([labels, none])
 
 
-def _as_teacher_takes_them(X: Table, features: NDArray[Any]) -> Table:
+def _as_teacher_takes_them(X: EstimatorInput, features: NDArray[Any]) -> EstimatorInput:
     """A DataFrame unchanged, since a teacher may select columns by name; else the validated array."""
     return X if hasattr(X, "columns") else features
 
 
 def _rows_that_count(
-    X: Table, y: Any, sample_weight: ArrayLike | None
-) -> tuple[Table, Any, NDArray[Any] | None, NDArray[np.bool_] | None]:
+    X: EstimatorInput, y: Any, sample_weight: ArrayLike | None
+) -> tuple[EstimatorInput, Any, NDArray[Any] | None, NDArray[np.bool_] | None]:
     """X, y and weights without the rows of weight 0, and a mask of the rows that are kept; None if all are."""
     if sample_weight is None:
         return X, y, None, None

@@ -26,8 +26,8 @@ from pydistill.evaluation.subject import (
     subject_of,
     take,
     teacher_behind_steps,
-    unwrap,
 )
+from pydistill.teachers.estimators import split_steps
 
 _BINS = 15
 
@@ -145,7 +145,7 @@ def _warn_of_a_poor_teacher(student: Model, scores: ModelScores, labels: Tensor)
     warnings.warn(
         f"teacher has an accuracy of {scores.accuracy:.3f}; always predicting the most frequent class has "
         f"{constant:.3f}. X may differ in form (scale, order of columns) from the rows that the teacher was fitted on"
-        + (hint if unwrap(student)[0] else ""),
+        + (hint if split_steps(student)[0] else ""),
         UserWarning,
         stacklevel=3,
     )

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from pydistill._torch_modules import as_input, float_dtype
 from pydistill._wording import about, describe
-from pydistill.teachers.estimators import is_a
+from pydistill.teachers.estimators import is_a, split_steps
 
 Model: TypeAlias = Any  # a torch module or a fitted classifier, which needs no base class
 Rows: TypeAlias = Any  # a tensor, an array or a DataFrame
@@ -88,7 +88,7 @@ def teacher_behind_steps(student: Model, teacher: Model, X: Rows) -> Subject | N
 
     None unless this teacher, or a copy of it, is the one that the student learned from behind such steps.
     """
-    steps, inner = unwrap(student)
+    steps, inner = split_steps(student)
     own = getattr(inner, "teacher_", None)
     if not steps or own is None:
         return None
@@ -108,26 +108,9 @@ def teacher_behind_steps(student: Model, teacher: Model, X: Rows) -> Subject | N
     return subject._replace(rows=rows, call=lambda x: subject.call(in_its_form(transformed(x), teacher)))
 
 
-def unwrap(model: Model) -> tuple[list[Any], Model]:
-    """``(steps, model)``: the steps of Pipelines before their last step, and that last step.
-
-    A search stands for its best estimator. Both are recognised by their attributes, since scikit-learn is optional.
-    """
-    if isinstance(model, nn.Module):
-        return [], model
-    if hasattr(model, "best_estimator_"):
-        return unwrap(model.best_estimator_)
-    if is_a(model, "sklearn", "FrozenEstimator"):
-        return unwrap(model.estimator)
-    if not hasattr(model, "steps"):
-        return [], model
-    steps, inner = unwrap(model.steps[-1][1])
-    return ([model[:-1], *steps] if len(model.steps) > 1 else steps), inner
-
-
 def network_of(model: Model) -> nn.Module | None:
     """The module itself, or the module in a DistilledClassifier or skorch net; None for other estimators."""
-    model = unwrap(model)[1]
+    model = split_steps(model)[1]
     candidates = model, getattr(model, "student_", None), getattr(model, "module_", None)
     return next((x for x in candidates if isinstance(x, nn.Module)), None)
 
@@ -171,5 +154,5 @@ def _for_classifier(X: Rows, model: Model) -> Rows:
     if isinstance(X, Tensor):
         X = X.detach()
         X = (X.float() if X.dtype is torch.bfloat16 else X).numpy()  # numpy has no bfloat16
-    takes_images = isinstance(getattr(unwrap(model)[1], "module_", None), nn.Module)
+    takes_images = isinstance(getattr(split_steps(model)[1], "module_", None), nn.Module)
     return X if takes_images else X.reshape(len(X), -1)

@@ -17,7 +17,7 @@ else:
 
 import torch  # noqa: F401  before the compiled core, so that both use torch's OpenMP pool
 
-from pydistill._version import __version__
+from pydistill._version import __version__ as __version__
 from pydistill.engine.backend import BackendInfo, backend_info, use_backend
 from pydistill.evaluation import report
 from pydistill.functional import LossMetrics, distillation_loss, loss_items
@@ -38,7 +38,6 @@ __all__ = [
     "SoftTargets",
     "TeacherStore",
     "Trainer",
-    "__version__",
     "backend_info",
     "distillation_loss",
     "linear_distillation_loss",

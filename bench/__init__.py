@@ -1,1 +1,1 @@
-"""Throughput and memory of the loss against torch. Run `python -m bench` from a checkout."""
+"""Benchmarks of the loss: time, memory and error against torch. Run `python -m bench` from a checkout."""

@@ -1,6 +1,6 @@
-"""What is measured: a base case, and one factor varied at a time around it.
+"""The benchmark cases: a base case, and cases that differ from it in one factor.
 
-A case is written as on the command line: ``1024x32000,bfloat16,T=2.5,soft,threads=2``.
+A case has a name, which is also how it is written on the command line: ``1024x32000,bfloat16,T=2.5,soft,threads=2``.
 """
 
 import itertools
@@ -14,7 +14,11 @@ from pydistill.formulas import DIVERGENCES
 
 @dataclass(frozen=True)
 class Case:
-    """One setting of every factor. ``hidden``: a linear head comes before the logits, so that peers can take part."""
+    """One value of every factor.
+
+    ``hidden`` > 0 puts a linear head with that many inputs before the logits, so that losses of other libraries that
+    take hidden states can be compared.
+    """
 
     rows: int = 1024
     classes: int = 32000
@@ -23,10 +27,10 @@ class Case:
     alpha: float = 0.7
     backward: bool = True
     threads: int = 1
-    huge_pages: bool = False  # torch's own allocations on huge pages: THP_MEM_ALLOC_ENABLE=1, in a process of its own
+    huge_pages: bool = False  # torch allocates huge pages (THP_MEM_ALLOC_ENABLE=1); measured in a separate process
     hidden: int = 0
     divergence: str = "forward_kl"
-    k: int = 0  # a top-k teacher with a bucket for the rest; 0: the dense one
+    k: int = 0  # number of classes of a top-k teacher with tail="bucket"; 0: the teacher has all classes
 
     @property
     def name(self) -> str:
@@ -61,11 +65,15 @@ class Case:
 
 
 def parse(text: str) -> Case:
-    """The case of a name; ValueError says which word is wrong."""
+    """Return the case with this name.
+
+    Raises:
+        ValueError: the name is wrong; the message says which word.
+    """
     shape, *words = text.split(",")
     rows, _, classes = shape.partition("x")
     if not (rows.isdigit() and classes.isdigit() and int(rows) and int(classes)):
-        raise ValueError(f"a case begins with ROWSxCLASSES, got {shape!r}")
+        raise ValueError(f"a case must begin with ROWSxCLASSES, such as 1024x32000; got {shape!r}")
     values = {"rows": int(rows), "classes": int(classes)}
     for word in words:
         name, _, value = word.partition("=")
@@ -85,16 +93,17 @@ def parse(text: str) -> Case:
             values[name] = int(value)
         else:
             raise ValueError(
-                f"a case's words are float32, bfloat16, float16, T=, alpha=, soft, hard, forward, threads=, hidden=, "
-                f"k=, huge-pages and the divergences; got {word!r}"
+                f"a word of a case must be float32, bfloat16, float16, T=, alpha=, soft, hard, forward, threads=, "
+                f"hidden=, k=, huge-pages or the name of a divergence; got {word!r}"
             )
     case = Case(**values)
     if not case.backward and (case.hidden or case.k or case.divergence != "forward_kl"):
-        raise ValueError(f"a case that is forward only has forward_kl, no hidden= and no k=; got {text!r}")
+        raise ValueError(f"a case with forward cannot have hidden=, k= or a divergence; got {text!r}")
     return case
 
 
 SHAPES = [(32, 10), (64, 10), (256, 100), (1024, 1000), (8192, 128), (8192, 1000), (256, 128256), (64, 262144)]
+README_SHAPES = ("32x10", "1024x1000", "1024x32000", "256x128256")
 THREADS = os.cpu_count() or 1
 FACTORS = [
     {"dtype": "bfloat16"},
@@ -108,11 +117,11 @@ FACTORS = [
     {"threads": THREADS},
 ]
 LIKE_THE_BASE = ({"dtype": "float16"}, {"temperature": 1.0}, {"temperature": 2.0}, {"alpha": 1.0})
-IN_CACHE = {"rows": 1024, "classes": 1000}  # the second base: memory no longer hides arithmetic
+IN_CACHE = {"rows": 1024, "classes": 1000}  # the second base: it fits into the cache, so the arithmetic shows
 
 
 def default_cases() -> list[Case]:
-    """The shapes, the factors at both bases, huge pages, a few at all threads, the divergences, the peers' head."""
+    """Shapes, factors around both bases, huge pages, a few cases on all threads, divergences, and linear heads."""
     settings = [{}]
     settings += [{"rows": n, "classes": c} for n, c in SHAPES]
     settings += FACTORS
@@ -132,7 +141,7 @@ def quick_cases() -> list[Case]:
 
 
 def full_cases() -> list[Case]:
-    """Every shape with every value of every factor: hours."""
+    """Every shape with every value of every factor; takes hours."""
     shapes = [{}] + [{"rows": n, "classes": c} for n, c in SHAPES]
     values = {f.name: [f.default] for f in fields(Case)}
     for factor in FACTORS:

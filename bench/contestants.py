@@ -1,8 +1,8 @@
-"""Who is compared. Each makes one step of a case: loss and, unless the case is forward only, gradients.
+"""The implementations that are compared. Each computes the loss of a case and, unless it is forward only, gradients.
 
-The tutorial's formula and the best eager form are what people write. Soft cross-entropy has the gradient of the KL
-divergence without kl_div's xlogy: it is the best form of eager torch, so every claim of speed is made against it too.
-The limit moves the bytes that any loss must move, and does nothing else.
+The tutorial's formula and the best eager formula are what users write. Soft cross-entropy has the same gradient as the
+KL divergence but does not need kl_div's xlogy. It is the fastest formula of eager torch, so every speed-up is reported
+against it too. The memory limit moves the bytes that any such loss must move, and computes nothing.
 """
 
 import importlib.util
@@ -28,36 +28,36 @@ LEGEND = {
     "tutorial": "kl_div + cross_entropy",
     "best eager": "soft cross_entropy + cross_entropy",
     "compiled tutorial": "torch.compile of the tutorial's formula",
-    "compiled best eager": "torch.compile of the best eager form",
-    "pydistill": "distillation_loss; a gradient of 8 MiB or more lies where the step's before did",
-    "pydistill, new memory": "the same without that, as in the first step",
+    "compiled best eager": "torch.compile of the best eager formula",
+    "pydistill": "distillation_loss; a gradient of 8 MiB or more reuses the memory of the previous step's gradient",
+    "pydistill, new memory": "the same without reuse, as in the first step",
     "pydistill in place": "inplace=True",
-    "pydistill in place, metrics": "and return_metrics=True",
-    "matrix products": "behind a head: the four products alone, all rows at once",
-    "pydistill, top 64": "behind a head: the teacher's 64 largest logits, cached",
-    "limit": "c = a + b over the case's bytes, streaming stores past the cache",
-    "limit in place": "a = a + b",
+    "pydistill in place, metrics": "inplace=True and return_metrics=True",
+    "matrix products": "with a linear head: its four matrix products alone, for all rows at once",
+    "pydistill, top 64": "with a linear head: the teacher is given by its 64 largest logits, which were cached",
+    "limit": "memory limit: c = a + b over the bytes of the case; stores bypass the cache if it is too small",
+    "limit in place": "memory limit in place: a = a + b",
     "torch.add": "torch.add(a, b, out=c)",
 }
 
 
 class TopkTeacher(NamedTuple):
-    """A teacher in both forms."""
+    """The same teacher as top-k targets and as dense logits."""
 
     targets: pydistill.SoftTargets
     dense: torch.Tensor
 
 
 class Contestant(NamedTuple):
-    """``step(leaves, constants)`` returns (loss, gradients); a limit returns (None, None)."""
+    """``step(leaves, constants)`` returns (loss, gradients); a contestant without a loss returns (None, None)."""
 
     step: Callable
-    value_is_kl: bool = True  # False: the loss lacks the teacher's entropy, a constant
+    value_is_kl: bool = True  # False: the loss omits the teacher's entropy, a constant
     context: Callable = nullcontext
 
 
 def contestants(case) -> tuple[dict[str, Contestant], dict[str, str]]:
-    """Those of a case, by name, and why the others are missing."""
+    """The contestants of a case by name, and for each missing one the reason."""
     head = case.hidden > 0
     eager = formulas(case)
     found, missing = {}, {}
@@ -91,7 +91,7 @@ def contestants(case) -> tuple[dict[str, Contestant], dict[str, str]]:
     for name in NAMES[1:]:
         large = case.elements > _LARGE and (name == "torch" or case.divergence != "forward_kl")
         if large and case != Case():
-            missing[f"pydistill {name}"] = "at this size measured in the base case only: it takes a third of the time"
+            missing[f"pydistill {name}"] = "for large cases measured in the base case only, to save a third of the time"
         else:
             found[f"pydistill {name}"] = Contestant(step, context=partial(_single, name, case.threads))
     _add_limits(case, found, missing)
@@ -99,7 +99,7 @@ def contestants(case) -> tuple[dict[str, Contestant], dict[str, str]]:
 
 
 def isa_contestants(case) -> dict[str, Contestant]:
-    """pydistill on each ISA variant that this CPU can run."""
+    """pydistill on each instruction-set variant that this CPU can run."""
     step = _stepper(case, partial(_pydistill, {"temperature": case.temperature, "alpha": case.alpha}))
     return {
         f"pydistill {isa}": Contestant(step, context=partial(pydistill.use_backend, "compiled", isa=isa))
@@ -114,7 +114,7 @@ def _without_kept_memory():
 
 
 def release_kept_memory():
-    """Memory of gradients that are gone, which the compiled core keeps for the next step."""
+    """Release the memory of a freed gradient that the compiled core keeps for the next step."""
     if pydistill.backend_info().name == "compiled":
         load_core().GradientMemory.release()
 
@@ -148,7 +148,7 @@ def formulas(case):
         return soft + hard(s, y) if alpha < 1 else soft
 
     def scattered(s, t, y):
-        """What a top-k teacher costs without a sparse form: a dense one, with a bucket for the rest."""
+        """A top-k teacher with a bucket for the rest in plain torch: the rest is a (k + 1)-th class."""
         t = t.targets
         log_q, log_p = F.log_softmax(s / T, -1), t.logits / T - t.log_partitions[T].unsqueeze(-1)
         rest_q = log_q.scatter(-1, t.indices, -torch.inf).logsumexp(-1, keepdim=True)
@@ -175,7 +175,7 @@ def _pydistill_head(options, hidden, weight, teacher_hidden, teacher_weight, y):
 
 
 def _add_head_limits(case, found, options):
-    """The matrix products that any loss behind a head needs, on all rows at once; and a teacher without its own."""
+    """The matrix products that every loss with a linear head needs, and pydistill with a teacher that needs none."""
 
     def products(leaves, constants):
         hidden, weight = (x.detach() for x in leaves)
@@ -200,13 +200,13 @@ def _add_head_limits(case, found, options):
 
 
 def _topk_contestants(case, eager, options):
-    """The sparse teacher against eager torch, and against pydistill with all of the teacher's logits."""
+    """A top-k teacher: eager torch, pydistill, and pydistill with all of the teacher's logits ("dense")."""
     found = {name: Contestant(_stepper(case, formula)) for name, formula in eager.items()}
     for name, more in (("pydistill", {}), ("pydistill in place", {"inplace": True})):
         loss = partial(_pydistill, options | more)
         found[name] = Contestant(_stepper(case, lambda s, t, y, loss=loss: loss(s, t.targets, y)))
         dense = _stepper(case, lambda s, t, y, loss=loss: loss(s, t.dense, y))
-        # Another loss than the sparse teacher's, so it cannot be checked against it.
+        # The dense teacher has another loss than the top-k teacher, so the top-k reference does not apply.
         found[f"dense {name}"] = Contestant(partial(_unchecked, dense))
     return found
 
@@ -258,7 +258,7 @@ def _add_limits(case, found, missing):
 
 
 def _add_peers(case, found, missing):
-    """Losses of other libraries that take the hidden states: their memory does not hold all logits either."""
+    """Losses of other libraries that take hidden states, and so need no memory for all logits either."""
     alpha = case.alpha
     if alpha == 0:
 
@@ -271,11 +271,11 @@ def _add_peers(case, found, missing):
             missing["linear_cross_entropy"] = f"torch {torch.__version__} does not have it"
         return
     if importlib.util.find_spec("liger_kernel") is None:
-        missing["liger"] = "liger-kernel is not installed"
+        missing["liger"] = "liger-kernel is not installed; pip install liger-kernel"
         return
     from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
 
-    # Its beta of 0 is KL(teacher || student), without T^2.
+    # beta=0 is KL(teacher || student), without the factor T^2.
     loss = LigerFusedLinearJSDLoss(
         weight_hard_loss=1 - alpha,
         weight_soft_loss=alpha * case.temperature**2,

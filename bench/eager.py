@@ -1,6 +1,7 @@
-"""The soft term of each divergence in plain torch, in the fastest form that was found: what pydistill must beat.
+"""The soft term of each divergence in plain torch, in the fastest formula found: the baseline for pydistill.
 
-Each takes (student_logits, teacher_logits, labels, T, beta) and returns the mean over rows, without T^2.
+Each function takes (student_logits, teacher_logits, labels, T, beta) and returns the mean over rows, without the
+factor T^2.
 """
 
 import torch

@@ -1,4 +1,4 @@
-"""The limit of memory: limit.cpp, built with the system's compiler when it is first needed."""
+"""The memory limit: the loop of limit.cpp, compiled with the system's compiler on first use."""
 
 import ctypes
 import os
@@ -10,15 +10,15 @@ from pathlib import Path
 
 import torch
 
-_PAST_CACHE_BYTES = 32 << 20  # as the kernel decides
+_PAST_CACHE_BYTES = 32 << 20  # from this size on stores bypass the cache; the same value as in csrc/evaluate.cpp
 
 
 @lru_cache(maxsize=1)
 def load():
-    """``(function, None)``, or ``(None, why not)``."""
+    """Compile limit.cpp: ``(function, None)``, or ``(None, reason)`` if that is not possible."""
     compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
     if compiler is None:
-        return None, "no C++ compiler"
+        return None, "no C++ compiler was found; set CXX"
     with tempfile.TemporaryDirectory() as folder:
         library = Path(folder) / "limit.so"
         source = Path(__file__).with_name("limit.cpp")
@@ -43,7 +43,7 @@ def load():
 
 
 def step(move, case, in_place):
-    """A contestant's step: the bytes of student and teacher in, the bytes of the gradient out."""
+    """A contestant's step that reads the bytes of student and teacher and writes the bytes of the gradient."""
     size = torch.finfo(case.torch_dtype).bits // 8
     floats = case.elements * size // 4
     buffer = None if in_place or not case.backward else torch.zeros(floats)

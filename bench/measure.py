@@ -1,4 +1,4 @@
-"""Inputs, validation against float64, paired times, peak memory."""
+"""Measurement of a case: inputs, validation against float64, paired times, and peak memory."""
 
 import ctypes
 import random
@@ -10,17 +10,22 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from bench.cases import Case
+from bench.cases import README_SHAPES
 from bench.contestants import TopkTeacher, formulas, release_kept_memory
 from pydistill import top_k
 
 TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2, "float16": 2e-2}
 _CHECKED_ROWS = 64
-_MEMORY_ELEMENTS = 1 << 22  # below, the peak is the allocator's noise
+_MEMORY_ELEMENTS = 1 << 22  # in smaller cases the allocator's own memory hides the peak
+_LARGE_ELEMENTS = 1 << 23  # of a case whose number of rounds does not depend on a time budget
 
 
 def make_inputs(case):
-    """``(leaves, constants)``: logits, teacher logits and labels; with a head, hidden states and weights for both."""
+    """``(leaves, constants)`` of a case.
+
+    The leaves are the student's logits, or its hidden states and weight if the case has a head. The constants are the
+    same of the teacher, and the labels.
+    """
     generator = torch.Generator().manual_seed(0)
 
     def normal(rows, columns, scale):
@@ -40,12 +45,16 @@ def make_inputs(case):
 
 
 def fresh(leaves):
-    """Copies that are not leaves, as a model's outputs are: inplace=True may overwrite them."""
+    """Copies that are not leaves, like the outputs of a model, so that inplace=True may overwrite them."""
     return tuple(x.clone() for x in leaves)
 
 
 class Exact(NamedTuple):
-    """A case in float64: gradients of some rows, or of all behind a head; or losses with and without the entropy."""
+    """Float64 reference of a case.
+
+    ``gradients``: of the first rows, or of all rows with a linear head. ``kl`` and ``cross_entropy``, if the case is
+    forward only: the loss with and without the teacher's entropy.
+    """
 
     gradients: tuple = ()
     kl: float = 0.0
@@ -53,7 +62,7 @@ class Exact(NamedTuple):
 
 
 def exact(case, leaves, constants) -> Exact:
-    """What every contestant of the case is compared with."""
+    """The reference with which every contestant of the case is compared."""
     if not case.backward:
         return Exact((), *(_exact_loss(case, *leaves, *constants, is_kl) for is_kl in (True, False)))
     if case.hidden:
@@ -68,11 +77,11 @@ def exact(case, leaves, constants) -> Exact:
 
 
 def error(case, contestant, leaves, constants, want: Exact) -> float:
-    """Relative error against float64: the gradients' in norm, or the loss's where the case is forward only."""
+    """Relative error against float64, of the gradients in norm, or of the loss if the case is forward only."""
     with contestant.context():
         loss, gradients = contestant.step(fresh(leaves), constants)
     if gradients is None and (case.backward or loss is None):
-        return 0.0  # a limit
+        return 0.0  # no loss was computed, as by the memory limit
     if not case.backward:
         value = want.kl if contestant.value_is_kl else want.cross_entropy
         return abs(float(loss) - value) / abs(value)
@@ -89,7 +98,7 @@ def _exact_gradient(case, s, t, y):
 
 
 def _gradient_of_eager(case, student, teacher, labels):
-    """By autograd in float64, of the eager formula."""
+    """Gradient of the eager formula by autograd in float64."""
     rows = slice(_CHECKED_ROWS)
     leaf = student.detach()[rows].double().requires_grad_()
     teacher = TopkTeacher(teacher.targets[rows], None) if case.k else teacher[rows].double()
@@ -108,7 +117,7 @@ def _exact_loss(case, s, t, y, value_is_kl):
 
 
 def seconds(contestant, leaves, constants) -> float:
-    """One step, with logits of its own; the contestant's backend is entered before the clock starts."""
+    """Time of one step on a fresh copy of the logits; the contestant's backend is chosen before the clock starts."""
     leaves = fresh(leaves)
     with contestant.context():
         start = time.perf_counter()
@@ -119,9 +128,9 @@ def seconds(contestant, leaves, constants) -> float:
 
 
 def paired_times(contestants, inputs, pairs, progress):
-    """Times per contestant, one of each per round, so that a slow moment of the machine meets all of them.
+    """Times by contestant. Every round runs each contestant once, so that a slow moment affects all of them alike.
 
-    In a new order each round: a small step is a sixth faster after one that left its code in the cache.
+    The order changes in every round: a small step is a sixth faster after one that left the same code in the cache.
     """
     times = {name: [] for name in contestants}
     order, shuffle = list(contestants), random.Random(0).shuffle
@@ -133,22 +142,32 @@ def paired_times(contestants, inputs, pairs, progress):
 
 
 def number_of_pairs(case, contestants, inputs, budget) -> int:
-    """As many rounds as fit into ``budget`` seconds: at least 30 where one takes under a second; 4 or 3 if large."""
-    if case.elements > 1 << 23:
-        return 4 if case == Case() else 3
+    """Number of rounds: as many as fit into ``budget`` seconds, but at least 30 if a round takes under a second.
+
+    Large cases: 7 rounds for those in the README, whose quartiles are shown, and 3 for the others.
+    """
+    if case.elements > _LARGE_ELEMENTS:
+        return 7 if case.name in README_SHAPES else 3
     round_ = sum(seconds(c, *inputs) for c in contestants.values())  # validation has warmed up
     return max(30 if round_ < 1 else 5, min(2000, int(budget / round_)))
 
 
-def ratio(times, slow, fast):
-    """Median and quartiles of the paired ratios."""
-    ratios = [a / b for a, b in zip(times[slow], times[fast], strict=True)]
-    low, middle, high = statistics.quantiles(ratios, n=4)
+def median_and_quartiles(values) -> tuple[float, float, float]:
+    """Median, first and third quartile."""
+    low, middle, high = statistics.quantiles(values, n=4)
     return middle, low, high
 
 
+def ratio(times, slow, fast) -> tuple[float, float, float]:
+    """Median and quartiles of the paired ratios ``slow / fast``."""
+    return median_and_quartiles([a / b for a, b in zip(times[slow], times[fast], strict=True)])
+
+
 def peak_buffers(case, contestant, leaves, constants) -> float | None:
-    """Peak resident memory above the start of one step, in buffers of N x C. Linux only; None for small cases."""
+    """Peak resident memory of one step above that before it, in buffers of the size of the logits.
+
+    None for small cases, and on other systems than Linux.
+    """
     resets = Path("/proc/self/clear_refs")
     if case.elements < _MEMORY_ELEMENTS or not resets.exists():
         return None
@@ -162,7 +181,7 @@ def peak_buffers(case, contestant, leaves, constants) -> float | None:
 
 
 def _return_free_memory():
-    """What allocators keep for reuse would hide that a contestant needs it: 32 MB counted as nothing."""
+    """Return to the system the memory that allocators keep for reuse: up to 32 MB would otherwise not be counted."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
     if trim is not None:
         trim(0)

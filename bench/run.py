@@ -1,10 +1,9 @@
-"""One case from inputs to figures, and the machine they are figures of."""
+"""Run one case, from its inputs to its results, and describe the machine."""
 
 import datetime
 import json
 import os
 import platform
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -19,11 +18,11 @@ from bench import measure
 from bench.cases import Case
 from bench.contestants import contestants, isa_contestants
 
-BUDGET = 4.0  # seconds of rounds per case, unless that is fewer rounds than number_of_pairs allows
+BUDGET = 4.0  # seconds of rounds per case, unless number_of_pairs asks for more rounds
 
 
 def machine() -> dict:
-    """What a figure depends on beside the code."""
+    """The hardware, versions and settings on which the results depend, besides the code."""
     setting = Path("/sys/kernel/mm/transparent_hugepage/enabled")
     info = pydistill.backend_info()
     return {
@@ -55,13 +54,18 @@ def _cpu():
 def run_case(case: Case, progress, *, budget=BUDGET, pairs=None, isas=False) -> dict:
     """Validate every contestant of a case, then measure memory and paired times.
 
-    The result has the case's name and threads and, per contestant: median milliseconds; median and quartiles of its
-    time over pydistill's and over pydistill's in place; peak memory in N x C buffers; relative error against float64.
+    The result has the name and the threads of the case and, for each contestant:
+
+    - "ms" and "ms quartiles": median, and first and third quartile, of its time in milliseconds;
+    - "over pydistill" and "over in place": median and quartiles of its time / the time of pydistill (in place), paired
+      by round;
+    - "buffers": peak memory in buffers of the size of the logits;
+    - "error": relative error against float64.
     """
     if case.huge_pages and os.environ.get("THP_MEM_ALLOC_ENABLE") != "1":
         return _in_own_process(case, pairs)
     torch.set_num_threads(case.threads)
-    torch.compiler.reset()  # compiled for another case it would guard, and recompile, and in the end give up
+    torch.compiler.reset()  # otherwise Dynamo recompiles for each case and gives up at its limit of recompilations
     inputs = measure.make_inputs(case)
     found, missing = contestants(case)
     if isas:
@@ -70,7 +74,10 @@ def run_case(case: Case, progress, *, budget=BUDGET, pairs=None, isas=False) -> 
     for name, contestant in found.items():
         errors[name] = measure.error(case, contestant, *inputs, exact)
         if not errors[name] < measure.TOLERANCE[case.dtype]:
-            raise AssertionError(f"{case.name}: {name} is off by {errors[name]:.2g}, so it was not timed")
+            raise AssertionError(
+                f"{case.name}: {name} has a relative error of {errors[name]:.2g}, more than "
+                f"{measure.TOLERANCE[case.dtype]:g}; a wrong contestant is not timed"
+            )
     buffers = {name: measure.peak_buffers(case, contestant, *inputs) for name, contestant in found.items()}
     pairs = pairs or measure.number_of_pairs(case, found, inputs, budget)
     times = measure.paired_times(found, inputs, pairs, progress)
@@ -80,8 +87,8 @@ def run_case(case: Case, progress, *, budget=BUDGET, pairs=None, isas=False) -> 
         "pairs": pairs,
         "missing": missing,
         "contestants": {
-            name: {
-                "ms": statistics.median(times[name]) * 1e3,
+            name: _milliseconds(times[name])
+            | {
                 "over pydistill": measure.ratio(times, name, "pydistill"),
                 "over in place": measure.ratio(times, name, "pydistill in place") if case.backward else None,
                 "buffers": buffers[name],
@@ -92,8 +99,13 @@ def run_case(case: Case, progress, *, budget=BUDGET, pairs=None, isas=False) -> 
     }
 
 
+def _milliseconds(seconds) -> dict:
+    median, low, high = measure.median_and_quartiles([1e3 * x for x in seconds])
+    return {"ms": median, "ms quartiles": [low, high]}
+
+
 def _in_own_process(case, pairs):
-    """torch reads the setting once, when it starts."""
+    """Run the case in a new process with the setting in its environment: torch reads it once, when it starts."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "bench", case.name, "--output", folder, "--no-plots"]
         command += ["--pairs", str(pairs)] if pairs else []

@@ -1,4 +1,4 @@
-"""Time against N, against C and against threads, with the exponent of a fitted power law."""
+"""Time as a function of rows, of classes and of threads, with the exponent of a fitted power law."""
 
 import statistics
 
@@ -18,9 +18,10 @@ NAMES = ("tutorial", "pydistill")
 
 
 def run(progress, pairs=15) -> dict:
-    """Per sweep: its values, and per contestant the median milliseconds and the exponent of time against the value.
+    """For each sweep: its values and, for each contestant, the median milliseconds and the fitted exponent.
 
-    The exponent is fitted over the sweep's upper half, where fixed costs no longer count.
+    The exponent x of time = constant * value^x is fitted over the upper half of the values, where fixed costs no longer
+    count. "fixed" is the name of the sweep's first case.
     """
     result = {}
     for factor, cases in SWEEPS.items():

@@ -1,7 +1,8 @@
-"""The suite's cases for pytest-benchmark: ``pytest bench/ --benchmark-only``.
+"""The benchmark cases for pytest-benchmark: ``pytest bench/ --benchmark-only``.
 
-Save two commits' runs with ``--benchmark-autosave`` and compare them with ``pytest-benchmark compare``. One test per
-case and contestant, validated first; pairs, ratios and their spread are what ``python -m bench`` is for.
+There is one test per case and contestant; each contestant is validated first. To compare two commits, save a run of
+each with ``--benchmark-autosave`` and use ``pytest-benchmark compare``. Paired ratios and their quartiles come from
+``python -m bench``.
 """
 
 from functools import lru_cache
@@ -13,12 +14,12 @@ from bench import measure
 from bench.cases import default_cases
 from bench.contestants import contestants
 
-CASES = [case for case in default_cases() if not case.huge_pages]  # that is a setting of the whole process
+CASES = [case for case in default_cases() if not case.huge_pages]  # huge pages are a setting of a whole process
 
 
 @lru_cache(maxsize=1)
 def prepared(case):
-    """Inputs and contestants of one case; the tests come case by case."""
+    """Inputs and contestants of one case. One is cached: the tests of a case follow one another."""
     torch.compiler.reset()
     return measure.make_inputs(case), contestants(case)[0]
 

@@ -1,9 +1,14 @@
-"""python -m bench.training: an epoch of a small student, by the Trainer, by hand, and as tutorials do it.
+"""Time an epoch of a small student: with the Trainer, with a hand-written loop, and with the loop of tutorials.
 
-Each contestant trains a 64-32-10 network on 1,437 rows for one epoch of batches of 64: the Trainer; a loop by hand of
-the same parts (tensors indexed directly, fused Adam, distillation_loss), without the metrics that the Trainer keeps;
-and the tutorial's way done right (a DataLoader, Adam, kl_div + cross_entropy). Epochs alternate in one process; the
-figures are medians of paired ratios.
+Run ``python -m bench.training``. Each contestant trains a 64-32-10 network on 1,437 rows for one epoch, in batches of
+64 rows:
+
+- Trainer: ``pydistill.Trainer``;
+- by hand: a loop of the same parts (tensors indexed directly, fused Adam, distillation_loss) without the metrics that
+  the Trainer records;
+- tutorial: a DataLoader, Adam, and kl_div + cross_entropy, with the mistakes of the tutorial corrected.
+
+The contestants take turns, epoch by epoch, in one process. The ratios are medians of paired ratios.
 """
 
 import statistics
@@ -76,13 +81,13 @@ def main(pairs=60):
         for name, epoch in epochs.items():
             start = time.perf_counter()
             epoch()
-            if round_ >= 3:  # warm
+            if round_ >= 3:  # the first rounds warm up
                 times[name].append(time.perf_counter() - start)
     for name in epochs:
         ratios = [a / b for a, b in zip(times[name], times["Trainer"], strict=True)]
         low, middle, high = statistics.quantiles(ratios, n=4)
         ms = statistics.median(times[name]) * 1e3
-        print(f"{name:10}{ms:8.1f} ms an epoch, {middle:.2f} x the Trainer's (quartiles {low:.2f} to {high:.2f})")
+        print(f"{name:10}{ms:8.1f} ms per epoch, {middle:.2f} x the Trainer's time (quartiles {low:.2f} to {high:.2f})")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
-"""The benchmark suite: it measures what it says, refuses what is wrong, and its reports follow from its files."""
+"""The benchmarks: what they measure, which input they refuse, and the documents made from a results file."""
 
 import json
+import re
 import subprocess
 import sys
 from functools import partial
@@ -13,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT))  # at the end: pydistill itself is the installed one
 
 from bench import __main__ as bench  # noqa: E402
-from bench import cases, contestants, measure, report, run, scaling  # noqa: E402
+from bench import cases, contestants, documents, measure, report, run, scaling  # noqa: E402
 
 SMALL = "64x50"
 
@@ -60,18 +61,21 @@ def test_results_hold_every_contestant(results):
     }
     assert both["contestants"]["pydistill"]["over pydistill"] == [1, 1, 1]
     assert 0 < both["contestants"]["pydistill"]["error"] < 1e-6
+    for c in both["contestants"].values():
+        low, high = c["ms quartiles"]
+        assert 0 < low <= c["ms"] <= high
     assert {"date", "cpu", "torch", "isa", "huge pages"} <= data["machine"].keys()
 
 
 def test_report_from_the_file_alone(results, capsys):
     assert bench.main(["--report", str(results / "results.json")]) == 0
     text = capsys.readouterr().out
-    assert "Where it loses" in text
-    assert "torch.compile of the best eager form" in text
+    assert "Smallest leads of pydistill" in text
+    assert f"{SMALL},T=2.5,forward  (1 thread, 3 rounds)" in text
     assert (results / "speedup.png").stat().st_size > 10_000
 
 
-def test_compare_tells_a_change_from_noise(results):
+def test_compare_marks_changes_beyond_the_quartiles(results):
     old = json.loads((results / "results.json").read_text())
     new = json.loads(json.dumps(old))
     tutorial = new["cases"][0]["contestants"]["tutorial"]
@@ -80,7 +84,7 @@ def test_compare_tells_a_change_from_noise(results):
     tutorial["over pydistill"] = [8.0, 7.8, 8.2]
     lines = [line for line in report.compare(old, new).splitlines() if line.startswith(SMALL + " ")]
     assert [("pydistill is faster" in line) for line in lines] == [line.split()[1] == "tutorial" for line in lines]
-    with pytest.raises(ValueError, match="no case in common"):
+    with pytest.raises(ValueError, match="must have a case in common"):
         report.compare(old, {"machine": old["machine"], "cases": []})
 
 
@@ -93,8 +97,8 @@ def test_a_case_names_its_threads(results, monkeypatch):
     finally:
         torch.set_num_threads(count)
     assert (result["name"], result["threads"]) == (f"{SMALL},threads=2", 2)
-    assert f"{SMALL},threads=2  (2 threads, 2 pairs)" in report.table(result)
-    assert f"{SMALL}  (1 thread, 2 pairs)" in report.table(result | {"name": SMALL, "threads": 1})
+    assert f"{SMALL},threads=2  (2 threads, 2 rounds)" in report.table(result)
+    assert f"{SMALL}  (1 thread, 2 rounds)" in report.table(result | {"name": SMALL, "threads": 1})
     del result["threads"]  # as in a file written before there was the field
     assert report.threads(result) == 2
 
@@ -107,7 +111,7 @@ def contestants_of_two(case):
 def test_only_cases_of_the_same_threads_are_compared(results):
     new = json.loads((results / "results.json").read_text())
     old = {"machine": new["machine"], "cases": [case | {"threads": 2} for case in new["cases"]]}
-    with pytest.raises(ValueError, match="no case in common"):
+    with pytest.raises(ValueError, match="must have a case in common"):
         report.compare(old, new)
 
 
@@ -123,7 +127,7 @@ def test_a_wrong_contestant_is_not_timed(monkeypatch):
         return {"pydistill": contestants.Contestant(wrong)}, missing
 
     monkeypatch.setattr(run, "contestants", off_by_a_percent)
-    with pytest.raises(AssertionError, match=r"pydistill is off by 0\.01"):
+    with pytest.raises(AssertionError, match=r"pydistill has a relative error of 0\.01"):
         run.run_case(cases.parse(SMALL), lambda rounds: rounds, pairs=2)
 
 
@@ -149,12 +153,14 @@ def test_peak_counts_buffers():
         assert measure.peak_buffers(case, contestant, *inputs) == pytest.approx(count, abs=0.1)
 
 
-def test_losses_are_listed():
+def test_alternatives_that_are_faster_are_listed():
     def entry(over):
         return {"over pydistill": [over] * 3}
 
-    text = report.losses([{"name": "8x8", "contestants": {"tutorial": entry(0.5), "best eager": entry(2.0)}}])
-    loses, leads = text.split("Smallest leads")
+    found = {"tutorial": entry(0.5), "best eager": entry(2.0), "pydistill numba": entry(0.4), "limit": entry(0.3)}
+    faster, slower = report.ranking([{"name": "8x8", "contestants": found}])
+    assert (faster, slower) == ([(0.5, "8x8", "tutorial")], [(2.0, "8x8", "best eager")])
+    loses, leads = report.leads([{"name": "8x8", "contestants": found}]).split("Smallest leads")
     assert "tutorial" in loses
     assert "best eager" in leads
 
@@ -181,19 +187,49 @@ def test_pytest_benchmark_collects_the_same_cases():
         assert case.huge_pages or f"[{case.name}-pydistill]" in done.stdout
 
 
-@pytest.mark.parametrize("arguments", [["8x8,float8"], [SMALL, "--pairs", "1"]])
-def test_the_command_line_refuses_what_it_cannot_do(arguments, capsys):
+@pytest.mark.parametrize(
+    "arguments", [["8x8,float8"], [SMALL, "--pairs", "1"], [SMALL, "--write-docs"], ["--quick", "--write-docs"]]
+)
+def test_the_command_line_refuses_wrong_arguments(arguments, capsys):
     with pytest.raises(SystemExit):
         bench.main(arguments)
-    assert "got" in capsys.readouterr().err
+    assert re.search("got|leave out", capsys.readouterr().err)
 
 
-def test_the_readme_shows_the_committed_results():
-    readme = (ROOT / "README.md").read_text()
-    results = json.loads((ROOT / "bench" / "results" / "results.json").read_text())
-    assert report.markdown(results["cases"]) in readme
+def committed_results():
+    return json.loads((documents.RESULTS / "results.json").read_text())
+
+
+def test_the_documents_show_the_committed_results():
+    """Both pages are as --write-docs writes them; every block is used, and every plot is shown."""
+    results, text = committed_results(), ""
+    blocks = documents.blocks(results)
+    for page in documents.PAGES:
+        text += page.read_text()
+        assert page.read_text() == documents.fill(page.read_text(), blocks)
+    assert all(f"<!-- bench {name} -->\n{block}\n<!-- end -->" in text for name, block in blocks.items())
     assert [case["threads"] for case in results["cases"]] == [cases.parse(x["name"]).threads for x in results["cases"]]
-    assert report.heading(results["machine"]).replace("\n", " ") in " ".join(readme.split())
     for name in ("speedup", "limit", "memory", "scaling"):
-        assert f"bench/results/{name}.png" in readme
-        assert (ROOT / "bench" / "results" / f"{name}.png").exists()
+        assert f"bench/results/{name}.png" in text
+        assert (documents.RESULTS / f"{name}.png").exists()
+
+
+def test_write_docs_replaces_the_marked_parts(tmp_path, monkeypatch):
+    page = tmp_path / "page.md"
+    page.write_text("before\n<!-- bench times -->\nold\n<!-- end -->\nafter <!-- end -->\n")
+    monkeypatch.setattr(documents, "PAGES", [page])
+    results = committed_results()
+    for result in results["cases"]:
+        for c in result["contestants"].values():
+            c["ms quartiles"] = [0.5 * c["ms"], 2 * c["ms"]]
+    base = results["cases"][0]["contestants"]
+    base["pydistill"] |= {"ms": 31.26, "ms quartiles": [29.94, 1234.5]}
+    base["compiled tutorial"]["ms"], base["compiled best eager"]["ms"] = 99.96, 100.2
+    for _ in range(2):  # the second time it changes nothing
+        documents.write(results)
+        text = page.read_text()
+        assert text.startswith("before\n<!-- bench times -->\nMilliseconds per step: median (first to third quartile).")
+        assert text.endswith("\n<!-- end -->\nafter <!-- end -->\n")
+        row = next(line for line in text.splitlines() if line.startswith("| 1,024 x 32,000 |"))
+        assert "| 100 (" in row  # the faster of the two compiled formulas
+        assert "| **31.3 (29.9 to 1,234)** |" in row

@@ -30,6 +30,8 @@ def main(arguments=None) -> int:
         if chosen or options.quick or options.full:
             parser.error("--write-docs needs the default cases: leave out CASE, --quick and --full")
         options.output = documents.RESULTS
+        if options.report and options.report.resolve().parent != documents.RESULTS.resolve():
+            parser.error(f"--write-docs shows the results in {documents.RESULTS}; got --report {options.report}")
     if options.report:
         results = json.loads(options.report.read_text())
         for result in results["cases"]:

@@ -1,4 +1,4 @@
-// The least that a loss must do: read its inputs once and write its output once. Compiled by limit.py.
+// The memory limit: read the inputs once and write the output once, which every loss must do. Compiled by limit.py.
 #include <cstdint>
 #include <thread>
 #include <vector>
@@ -9,9 +9,9 @@
 
 namespace {
 
-float sink;  // what is only read must look needed
+float sink;  // keeps the compiler from removing a loop that only reads
 
-// out = a + b; without b a copy, without out a sum. Bytes are moved as floats, whatever they mean.
+// out = a + b. Without b it is a copy of a, without out a sum. Bytes of any dtype are moved as floats.
 void range(const float* a, const float* b, float* out, int64_t begin, int64_t end, bool past_cache) {
   int64_t i = begin;
   float total = 0;

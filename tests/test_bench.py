@@ -188,7 +188,14 @@ def test_pytest_benchmark_collects_the_same_cases():
 
 
 @pytest.mark.parametrize(
-    "arguments", [["8x8,float8"], [SMALL, "--pairs", "1"], [SMALL, "--write-docs"], ["--quick", "--write-docs"]]
+    "arguments",
+    [
+        ["8x8,float8"],
+        [SMALL, "--pairs", "1"],
+        [SMALL, "--write-docs"],
+        ["--quick", "--write-docs"],
+        ["--report", "other/results.json", "--write-docs"],
+    ],
 )
 def test_the_command_line_refuses_wrong_arguments(arguments, capsys):
     with pytest.raises(SystemExit):

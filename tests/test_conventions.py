@@ -1,4 +1,4 @@
-"""Other libraries' losses, from their documentation, against the converters in docs/losses.md."""
+"""The losses of other libraries, by the formulas in their documentation, against the conversions in docs/losses.md."""
 
 import re
 from pathlib import Path
@@ -27,7 +27,7 @@ def assert_same(ours, theirs, student, entropy=0.0):
 
 def test_torchdistill_weighs_the_hard_term(variant):
     student, teacher, labels = batch()
-    labels[1] = 0  # its batchmean counts every row
+    labels[1] = 0  # its reduction "batchmean" counts every row
     soft = F.kl_div((student / T).log_softmax(-1), (teacher / T).softmax(-1), reduction="batchmean")
     theirs = 0.3 * F.cross_entropy(student, labels) + 0.7 * T**2 * soft
     ours = pydistill.distillation_loss(student, teacher, labels, temperature=T, alpha=1 - 0.3)
@@ -55,7 +55,7 @@ def test_trl_generalized_jsd(variant, beta):
 
 @pytest.mark.parametrize("beta", [0.0, 0.5])
 def test_liger_fused_linear_jsd(beta):
-    """Against the library itself where it is installed: its loss takes hidden states."""
+    """Against the library itself, if it is installed. Its loss takes hidden states."""
     chunked = pytest.importorskip("liger_kernel.chunked_loss")
     hidden = torch.randn(6, 8, requires_grad=True)
     weight, teacher_hidden, teacher_weight = torch.randn(15, 8), torch.randn(6, 8), torch.randn(15, 8)
@@ -103,7 +103,7 @@ def test_distilbert_first_two_terms(variant):
 
 
 def test_the_tutorial_divides_by_the_classes_too(variant):
-    """And it takes probabilities for logits: what it computes is ours with them passed as plain logits."""
+    """It also treats probabilities as logits: its loss is that of pydistill with the probabilities passed as logits."""
     student, teacher, _ = batch()
     probs = teacher.softmax(-1)
     theirs = F.kl_div((student / T).log_softmax(-1), (probs / T).softmax(-1), reduction="mean")

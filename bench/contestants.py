@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 
 import pydistill
-from bench import eager as soft_terms
 from bench import limit
 from bench.cases import Case
+from bench.eager import soft_term
 from pydistill.engine.backend import NAMES
 from pydistill.engine.compiled import load_core
 from pydistill.formulas import DIVERGENCES
@@ -143,7 +143,7 @@ def formulas(case):
         return hard(s, y)
 
     def other(s, t, y):
-        soft = getattr(soft_terms, case.divergence)(s, t, y, T, DIVERGENCES[case.divergence].beta)
+        soft = soft_term(case.divergence)(s, t, y, T, DIVERGENCES[case.divergence].beta)
         soft = alpha * (1 if case.divergence == "mse" else T**2) * soft
         return soft + hard(s, y) if alpha < 1 else soft
 

@@ -4,8 +4,21 @@ Each function takes (student_logits, teacher_logits, labels, T, beta) and return
 factor T^2.
 """
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
+
+from pydistill.formulas import DIVERGENCES, log_softened, point
+
+
+def soft_term(divergence):
+    """The function of this module with the divergence's name, or else its definition in the registry."""
+    return globals().get(divergence) or partial(_defined, DIVERGENCES[divergence].value)
+
+
+def _defined(value, s, t, y, T, beta):
+    return value(point(log_softened(t, T), log_softened(s, T), beta)).sum(-1).mean()
 
 
 def reverse_kl(s, t, y, T, beta):

@@ -1,4 +1,4 @@
-// The memory limit: read the inputs once and write the output once, which every loss must do. Compiled by limit.py.
+// The memory limit: read the inputs once and write the output once, as every loss must. Compiled by limit.py.
 #include <cstdint>
 #include <thread>
 #include <vector>

@@ -144,11 +144,14 @@ def paired_times(contestants, inputs, pairs, progress):
 def number_of_pairs(case, contestants, inputs, budget) -> int:
     """Number of rounds: as many as fit into ``budget`` seconds, but at least 30 if a round takes under a second.
 
-    Large cases: 7 rounds for those in the README, whose quartiles are shown, and 3 for the others.
+    Large cases have 3 rounds. Those in the README, whose quartiles are shown, have as many as fit into ten budgets.
     """
-    if case.elements > _LARGE_ELEMENTS:
-        return 7 if case.name in README_SHAPES else 3
+    large = case.elements > _LARGE_ELEMENTS
+    if large and case.name not in README_SHAPES:
+        return 3
     round_ = sum(seconds(c, *inputs) for c in contestants.values())  # validation has warmed up
+    if large:
+        return max(3, int(10 * budget / round_))
     return max(30 if round_ < 1 else 5, min(2000, int(budget / round_)))
 
 

@@ -13,8 +13,10 @@ import torch
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT))  # at the end: pydistill itself is the installed one
 
+import pydistill  # noqa: E402
 from bench import __main__ as bench  # noqa: E402
-from bench import cases, contestants, documents, measure, report, run, scaling  # noqa: E402
+from bench import cases, contestants, documents, eager, measure, report, run, scaling  # noqa: E402
+from pydistill.formulas import DIVERGENCES  # noqa: E402
 
 SMALL = "64x50"
 
@@ -139,6 +141,33 @@ def test_a_wrong_loss_is_noticed_where_there_is_no_gradient():
     exact = measure.exact(case, *inputs)
     assert measure.error(case, right, *inputs, exact) < 1e-6
     assert measure.error(case, wrong, *inputs, exact) > 5e-4
+
+
+@pytest.mark.parametrize("divergence", [name for name, entry in DIVERGENCES.items() if entry.value is not None])
+def test_a_divergence_without_an_eager_formula_is_measured_by_its_definition(divergence, monkeypatch):
+    case = cases.parse(SMALL if divergence == "forward_kl" else f"{SMALL},{divergence}")
+    (student,), (teacher, labels) = measure.make_inputs(case)
+    beta = DIVERGENCES[divergence].beta
+    want = pydistill.distillation_loss(student, teacher, divergence=divergence, temperature=2.0, alpha=1.0) / 4
+    monkeypatch.delattr(eager, divergence, raising=False)
+    torch.testing.assert_close(eager.soft_term(divergence)(student, teacher, labels, 2.0, beta), want)
+
+
+@pytest.mark.parametrize(
+    ("name", "seconds", "rounds"),
+    [
+        ("64x50", 1e-4, 2000),
+        ("64x50", 0.01, 400),
+        ("64x50", 0.5, 30),
+        ("64x50", 2.0, 5),
+        ("1024x32000", 5.0, 8),
+        ("1024x32000", 50.0, 3),
+        ("1024x32000,soft", 5.0, 3),
+    ],
+)
+def test_number_of_rounds(name, seconds, rounds, monkeypatch):
+    monkeypatch.setattr(measure, "seconds", lambda *_: seconds)
+    assert measure.number_of_pairs(cases.parse(name), {"pydistill": None}, (), budget=4.0) == rounds
 
 
 def test_peak_counts_buffers():

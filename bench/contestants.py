@@ -124,7 +124,7 @@ def _single(name, threads):
 
 
 def formulas(case):
-    """What people write in torch, by name."""
+    """The formulas that users write in torch, by name."""
     T, alpha = case.temperature, case.alpha
 
     def hard(s, y):

@@ -30,7 +30,7 @@ _SPEEDUP_CASES = (
 
 
 def write(results: dict) -> list[Path]:
-    """Rewrite the marked parts of both pages; their paths."""
+    """Rewrite the marked parts of both pages and return their paths."""
     made = blocks(results)
     for page in PAGES:
         page.write_text(fill(page.read_text(), made))
@@ -38,7 +38,7 @@ def write(results: dict) -> list[Path]:
 
 
 def fill(text: str, made: dict[str, str]) -> str:
-    """The text with every marked part replaced by its block."""
+    """Return the text with every marked part replaced by its block."""
     return _MARKED.sub(lambda match: f"{match[1]}{made[match[2]]}\n{match[3]}", text)
 
 

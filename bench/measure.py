@@ -17,7 +17,7 @@ from pydistill import top_k
 TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2, "float16": 2e-2}
 _CHECKED_ROWS = 64
 _MEMORY_ELEMENTS = 1 << 22  # in smaller cases the allocator's own memory hides the peak
-_LARGE_ELEMENTS = 1 << 23  # of a case whose number of rounds does not depend on a time budget
+_LARGE_ELEMENTS = 1 << 23  # larger cases have a small number of rounds
 
 
 def make_inputs(case):
@@ -149,7 +149,7 @@ def number_of_pairs(case, contestants, inputs, budget) -> int:
     large = case.elements > _LARGE_ELEMENTS
     if large and case.name not in README_SHAPES:
         return 3
-    round_ = sum(seconds(c, *inputs) for c in contestants.values())  # validation has warmed up
+    round_ = sum(seconds(c, *inputs) for c in contestants.values())  # validation has warmed the contestants up
     if large:
         return max(3, int(10 * budget / round_))
     return max(30 if round_ < 1 else 5, min(2000, int(budget / round_)))

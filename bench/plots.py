@@ -19,7 +19,7 @@ _SETTING = "float32, forward and backward, T = 4, alpha = 0.7, one thread"
 
 
 def save(results: dict, folder: Path) -> list[Path]:
-    """Write a PNG for each plot that the results suffice for; returns their paths."""
+    """Write a PNG for each plot for which there are results, and return their paths."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -67,8 +67,15 @@ def _figure(title, setting, columns=1, **options):
 
 
 def _legend(figure, axes, columns):
-    figure.legend(*axes.get_legend_handles_labels(), loc="upper left", bbox_to_anchor=(0.015, 0.845), ncols=columns,
-                  fontsize=9, frameon=False, columnspacing=1.2)  # fmt: skip
+    figure.legend(
+        *axes.get_legend_handles_labels(),
+        loc="upper left",
+        bbox_to_anchor=(0.015, 0.845),
+        ncols=columns,
+        fontsize=9,
+        frameon=False,
+        columnspacing=1.2,
+    )
 
 
 def _bars(axes, results, names, value, *, bottom=0.0, text=None):
@@ -178,8 +185,16 @@ def _scaling(sweeps):
             color, marker = _STYLE[name]["color"], "s" if name == "pydistill" else "o"
             axes.loglog(sweep["values"], ms, marker=marker, color=color, label=_label(name))
             below = name == "pydistill"
-            axes.text(0.96, 0.04 if below else 0.97, f"{name}: {_growth(factor, sweep, name)}", color=color, fontsize=9,
-                      transform=axes.transAxes, ha="right", va="bottom" if below else "top")  # fmt: skip
+            axes.text(
+                0.96,
+                0.04 if below else 0.97,
+                f"{name}: {_growth(factor, sweep, name)}",
+                color=color,
+                fontsize=9,
+                transform=axes.transAxes,
+                ha="right",
+                va="bottom" if below else "top",
+            )
         axes.minorticks_off()
         if factor == "threads":
             axes.set_xticks(sweep["values"], sweep["values"])

@@ -2,10 +2,12 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+
+_Default = TypeVar("_Default")
 
 
 @contextmanager
@@ -20,7 +22,7 @@ def mode(module: nn.Module, *, training: bool) -> Iterator[None]:
             m.training = of_module
 
 
-def float_dtype(module: nn.Module, default: torch.dtype) -> torch.dtype:
+def float_dtype(module: nn.Module, default: _Default) -> torch.dtype | _Default:
     """The dtype of the module's first floating-point parameter; ``default`` if it has none."""
     return next((p.dtype for p in module.parameters() if p.is_floating_point()), default)
 

@@ -8,7 +8,7 @@ import torch
 _R = TypeVar("_R")
 
 
-@torch.compiler.disable(  # type: ignore[no-untyped-call,untyped-decorator]  # no types
+@torch.compiler.disable(  # type: ignore[untyped-decorator]  # no types
     reason="pydistill.linear_distillation_loss runs between graphs; use fullgraph=False"
 )
 def run(function: Callable[[Any], _R], argument: Any) -> _R:

@@ -18,7 +18,7 @@ from pydistill.engine.checks import check_batch, check_tensors, warn_of_probabil
 from pydistill.engine.metrics import METRICS
 from pydistill.engine.options import OPTIONS, check_options, check_reduction
 from pydistill.formulas import DIVERGENCES, loss_dtype
-from pydistill.targets import SoftTargets
+from pydistill.targets import SoftTargets, Tail
 
 
 def _option_arguments() -> Iterator[tuple[str, str]]:
@@ -109,7 +109,7 @@ def _batch(student: Tensor, arguments: tuple[Any, ...]) -> Batch:
     options = check_options(values | {"num_items": None if soft_items is None else (soft_items, hard_items)})
     teacher, indices, partitions = values["teacher"], values["teacher_indices"], values["log_partitions"]
     if indices is not None:
-        tail = "renormalize" if partitions is None else "bucket"
+        tail: Tail = "renormalize" if partitions is None else "bucket"
         stored = {} if partitions is None else {options.temperature: partitions}
         teacher = SoftTargets(teacher, indices=indices, classes=student.shape[-1], log_partitions=stored, tail=tail)
     weights = values["sample_weight"], values["class_weight"]

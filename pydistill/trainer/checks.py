@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from copy import deepcopy
 from numbers import Integral, Real
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -23,12 +23,9 @@ from pydistill.targets import SoftTargets
 from pydistill.trainer.data import PreparedData, row_count
 from pydistill.trainer.history import EpochRecord
 
-if TYPE_CHECKING:
-    from pydistill.trainer.loop import Trainer
-
 Loss: TypeAlias = DistillationLoss | Callable[..., tuple[Tensor, LossMetrics]]
 Teacher: TypeAlias = nn.Module | SoftTargets | TeacherStore | Tensor
-Callback: TypeAlias = "Callable[[Trainer, EpochRecord], object]"
+Callback: TypeAlias = Callable[[Any, EpochRecord], object]  # called with the Trainer
 Schedules: TypeAlias = Mapping[str, Callable[[int], Any]]
 
 TEACHER_ROWS = (SoftTargets, TeacherStore, Tensor)  # teachers that are outputs, with a row per training row

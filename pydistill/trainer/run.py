@@ -1,24 +1,37 @@
 """State of one call of fit: how far it is, and how it is saved and resumed."""
 
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING
+from os import PathLike
+from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 from pydistill.trainer import checkpoint
+from pydistill.trainer.checks import Callback, Loss
 from pydistill.trainer.history import EpochRecord, History, Scores
 from pydistill.trainer.totals import Totals
 
-if TYPE_CHECKING:
-    from pydistill.trainer.loop import Trainer
+
+class SavedParts(Protocol):
+    """The parts of a Trainer that a checkpoint holds, and what decides when there is one."""
+
+    student: nn.Module
+    loss: Loss
+    optimizer: Optimizer
+    scheduler: LRScheduler | None
+    callbacks: tuple[Callback, ...]
+    checkpoint_dir: str | PathLike[str] | None
+    stop: bool
 
 
 @dataclass
 class Run:
     """State of one call of fit; a checkpoint holds it besides student, optimizer, scheduler and callbacks."""
 
-    trainer: "Trainer"
+    trainer: SavedParts
     setup: dict[str, int | None]  # options that must be the same when the run is resumed
     epochs: int  # number of epochs asked for
     epoch: int = 1  # the current epoch
@@ -57,7 +70,7 @@ class Run:
         checkpoint.save(trainer.checkpoint_dir, self.number, state)
 
 
-def new_or_resumed(trainer: "Trainer", setup: dict[str, int | None], epochs: int, *, resume: bool) -> Run:
+def new_or_resumed(trainer: SavedParts, setup: dict[str, int | None], epochs: int, *, resume: bool) -> Run:
     """A new run, or with ``resume`` that of the newest checkpoint, which is loaded into the Trainer's parts."""
     folder = trainer.checkpoint_dir
     if folder is None:
@@ -88,7 +101,7 @@ def new_or_resumed(trainer: "Trainer", setup: dict[str, int | None], epochs: int
     return Run(trainer, setup, epochs, **state["run"], random=state["random"], totals=totals, history=history)
 
 
-def _load_parts(trainer: "Trainer", state: checkpoint.State) -> None:
+def _load_parts(trainer: SavedParts, state: checkpoint.State) -> None:
     """Load student, optimizer, scheduler, callbacks and options of the loss from a checkpoint."""
     try:
         trainer.student.load_state_dict(state["student"])

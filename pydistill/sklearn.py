@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from copy import copy, deepcopy
 from numbers import Integral
 from os import PathLike
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import torch
@@ -35,7 +35,7 @@ from pydistill.trainer.history import History
 from pydistill.trainer.loop import Trainer
 
 try:
-    from sklearn.base import BaseEstimator, ClassifierMixin, clone
+    from sklearn.base import clone
     from sklearn.frozen import FrozenEstimator
     from sklearn.utils import _safe_indexing, check_array, check_consistent_length, check_random_state
     from sklearn.utils.multiclass import check_classification_targets
@@ -43,13 +43,18 @@ try:
 except ImportError as _error:
     raise ImportError("pydistill.sklearn needs scikit-learn: pip install 'pydistill-kd[sklearn]'") from _error
 
+if TYPE_CHECKING:
+    from pydistill._base_classes import BaseEstimator, ClassifierMixin
+else:
+    from sklearn.base import BaseEstimator, ClassifierMixin
+
 
 _FLOATS = (np.float64, np.float32)  # features keep their precision for the teacher
 _UNLABELED = -100
 _PREDICT_ROWS = 4096
 
 
-class DistilledClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # scikit-learn has no types
+class DistilledClassifier(ClassifierMixin, BaseEstimator):
     r"""A scikit-learn classifier: a small torch network trained with a larger classifier as teacher and with labels.
 
     ``fit`` computes the teacher's soft targets for each row with a refit that did not see the row

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple, Self, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, Self, TypeAlias
 
 import numpy as np
 import torch
@@ -15,11 +15,15 @@ from pydistill.store import TeacherStore
 from pydistill.targets import SoftTargets
 
 try:
-    from skorch import NeuralNetClassifier
     from skorch.dataset import Dataset as SkorchDataset
     from skorch.utils import data_from_dataset, is_skorch_dataset, to_tensor
 except ImportError as _error:
     raise ImportError("pydistill.skorch needs skorch: pip install 'pydistill-kd[skorch]'") from _error
+
+if TYPE_CHECKING:
+    from pydistill._base_classes import NeuralNetClassifier
+else:
+    from skorch import NeuralNetClassifier
 
 Inputs: TypeAlias = Any  # all that skorch takes as X: an array, a tensor, a list, a dict, a Dataset
 Teacher: TypeAlias = SoftTargets | TeacherStore | Tensor
@@ -27,7 +31,7 @@ Teacher: TypeAlias = SoftTargets | TeacherStore | Tensor
 _softmax = partial(torch.softmax, dim=-1)
 
 
-class DistilledNeuralNetClassifier(NeuralNetClassifier):  # type: ignore[misc]  # skorch has no types
+class DistilledNeuralNetClassifier(NeuralNetClassifier):
     """skorch's ``NeuralNetClassifier`` with :class:`pydistill.DistillationLoss` as its criterion.
 
     ``fit(X, y, teacher=targets)`` takes the teacher's outputs for the rows of X as an extra argument, so that y remains

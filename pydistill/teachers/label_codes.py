@@ -1,15 +1,20 @@
 """A wrapper for classifiers that accept only the labels 0, 1, ..., C-1: it fits them on the codes of any labels."""
 
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from sklearn.base import BaseEstimator, ClassifierMixin, clone
+from sklearn.base import clone
 
 from pydistill.teachers.estimators import Estimator, EstimatorInput, classifier_to_fit, fit_weighted, is_a
 
+if TYPE_CHECKING:
+    from pydistill._base_classes import BaseEstimator, ClassifierMixin
+else:
+    from sklearn.base import BaseEstimator, ClassifierMixin
 
-class OnLabelCodes(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # scikit-learn has no type information
+
+class OnLabelCodes(ClassifierMixin, BaseEstimator):
     """Fits a classifier on the codes of the labels, and predicts the labels themselves.
 
     Attributes:

@@ -67,10 +67,10 @@ class BackendInfo(NamedTuple):
 
 
 class _LastCall(threading.local):
-    text = "no call yet in this thread"
+    text: str = "no call yet in this thread"
 
 
-last_call = _LastCall()
+last_call: _LastCall = _LastCall()
 _chosen: ContextVar[tuple[Backend, str] | None] = ContextVar("pydistill_backend", default=None)  # with the reason
 
 

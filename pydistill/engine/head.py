@@ -66,6 +66,9 @@ def product_dtype(head: Head) -> torch.dtype:
 class Products:
     """A head's logits, and the gradients that follow from theirs, for chunks of at most ``rows`` rows."""
 
+    head: Head
+    dtype: torch.dtype
+
     def __init__(self, head: Head, dtype: torch.dtype, rows: int, gradient: bool) -> None:
         self.head, self.dtype = head, dtype
         classes, width = head.weight.shape

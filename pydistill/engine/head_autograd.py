@@ -20,6 +20,8 @@ from pydistill.engine.torch_private import is_batched
 class HeadCall:
     """One call as autograd's function carries it: that function takes tensors and opaque objects only."""
 
+    setup: HeadSetup
+    batch: Batch
     outcome: Outcome | None = None
     inference: list[Tensor | None]
 

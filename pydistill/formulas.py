@@ -111,14 +111,21 @@ class Softening(Protocol):
 
 
 class Divergence(NamedTuple):
-    """One divergence: ``value(point)`` and ``d_log_q(point)`` per class; mse and dkd are no sums of such values.
+    """One divergence, and what it allows.
 
-    ``reference(log_ratio, beta, rest)`` gives a row's ``Point.reference``, from the student's largest class. ``beta``
-    is the default, None where there is none; it may be at most ``largest_beta``, and at its ends be another divergence.
-    ``top_k`` names the tails of a top-k teacher with which the divergence is defined; ``zeros`` says whether the
-    teacher's probabilities may be 0.
+    Attributes:
+        formula: D(p, q) in words, for the documentation.
+        value, d_log_q: value and derivative of a class, functions of its :class:`Point`. mse and dkd are not sums over
+            classes of such values.
+        reference: ``reference(log_ratio, beta, rest)`` gives a row's ``Point.reference``, from the student's largest
+            class.
+        beta: default of the parameter; None if there is none. It may be at most ``largest_beta``.
+        ends: the divergences that it is at beta = 0 and at beta = 1, if they are others.
+        top_k: the tails of a top-k teacher with which it is defined.
+        zeros: whether the teacher's probabilities may be 0.
     """
 
+    formula: str
     value: Callable[[Point], Any]
     d_log_q: Callable[[Point], Any]
     reference: Callable[[float, float, float], float] = lambda log_ratio, beta, rest: 0.0
@@ -135,16 +142,19 @@ def _no_sum(x: Point) -> Any:
 
 DIVERGENCES: dict[str, Divergence] = {
     "forward_kl": Divergence(
+        "sum p (log p - log q), the loss of Hinton et al.",
         value=lambda x: -times(x.p, x.log_ratio),
         d_log_q=lambda x: -x.p,
     ),
     "reverse_kl": Divergence(
+        "sum q (log q - log p)",
         value=lambda x: times(x.q, x.log_ratio),
         d_log_q=lambda x: times(x.q, x.log_ratio - x.reference),
         reference=lambda log_ratio, beta, rest: log_ratio,
         top_k=("bucket",),
     ),
     "jsd": Divergence(
+        "beta KL(p, m) + (1 - beta) KL(q, m), m = beta p + (1 - beta) q; forward_kl at beta = 0, reverse_kl at 1",
         value=lambda x: (
             x.beta * times(x.p, mixture(x, x.beta, x.rest).log_p)
             + x.rest * times(x.q, mixture(x, x.beta, x.rest).log_q)
@@ -154,12 +164,14 @@ DIVERGENCES: dict[str, Divergence] = {
         ends=("forward_kl", "reverse_kl"),
     ),
     "skew_forward_kl": Divergence(
+        "KL(p, beta p + (1 - beta) q)",
         value=lambda x: times(x.p, mixture(x, x.beta, x.rest).log_p),
         d_log_q=lambda x: -x.rest * mixture(x, x.beta, x.rest).overlap,
         beta=0.1,
         ends=("forward_kl", None),
     ),
     "skew_reverse_kl": Divergence(
+        "KL(q, (1 - beta) p + beta q)",
         value=lambda x: times(x.q, mixture(x, x.rest, x.beta).log_q),
         d_log_q=lambda x: (
             times(x.q, mixture(x, x.rest, x.beta).log_q - x.reference) + x.rest * mixture(x, x.rest, x.beta).overlap
@@ -169,15 +181,30 @@ DIVERGENCES: dict[str, Divergence] = {
         ends=("reverse_kl", None),
     ),
     "total_variation": Divergence(
+        "sum abs(p - q) / 2",
         value=lambda x: abs(x.q - x.p) / 2,
         d_log_q=lambda x: times(x.q - x.p, x.q / abs(x.q - x.p)) / 2,
     ),
     "squared_hellinger": Divergence(
+        "sum (sqrt p - sqrt q)^2 / 2",
         value=lambda x: (root(x.q) - root(x.p)) ** 2 / 2,
         d_log_q=lambda x: root(x.q) * (root(x.q) - root(x.p)) / 2,
     ),
-    "mse": Divergence(_no_sum, _no_sum, top_k=(), zeros=False),
-    "dkd": Divergence(_no_sum, _no_sum, beta=8.0, largest_beta=math.inf, top_k=()),
+    "mse": Divergence(
+        "mean over classes of (student - teacher)^2 of the logits, without T and T^2",
+        _no_sum,
+        _no_sum,
+        top_k=(),
+        zeros=False,
+    ),
+    "dkd": Divergence(
+        "KL of (label, all others) + beta KL within the others; needs labels at every alpha",
+        _no_sum,
+        _no_sum,
+        beta=8.0,
+        largest_beta=math.inf,
+        top_k=(),
+    ),
 }
 
 

@@ -13,7 +13,7 @@ from pydistill.engine.checks import check_batch, check_dense, check_rows, check_
 from pydistill.engine.counting import counted_rows, denominators
 from pydistill.engine.options import LossKeywords, Number, Reduction, Unlabeled, check_options
 from pydistill.engine.torch_private import is_dtensor, wants_op
-from pydistill.formulas import DivergenceName, loss_dtype
+from pydistill.formulas import DIVERGENCES, DivergenceName, loss_dtype
 from pydistill.targets import SoftTargets
 
 _MOST_CLASSES = 2**31  # stands for the number of classes where it is not given: any label is one of so many
@@ -98,54 +98,48 @@ def distillation_loss(
     .. math::
         \text{loss} = \alpha\, T^2 D(p, q) + (1 - \alpha)\, \mathrm{CE}(\mathrm{softmax}(\text{student}), y)
 
-    ``forward_kl`` is D = sum p (log p - log q), the loss of Hinton et al. The others, with the default of ``beta``:
+    Cross-entropy is always at T = 1. **alpha weighs the soft term** (torchdistill's alpha weighs the hard one).
+    Loss and gradient come from one pass over the logits. The teacher is a constant: no gradient flows into it.
 
-    - ``reverse_kl``: sum q (log q - log p);
-    - ``jsd`` (0.5): beta KL(p, m) + (1 - beta) KL(q, m) with m = beta p + (1 - beta) q. At 0 it is forward_kl and at 1
-      reverse_kl, as in TRL and Liger; the limit of the formula would be 0;
-    - ``skew_forward_kl`` (0.1): KL(p, beta p + (1 - beta) q);
-    - ``skew_reverse_kl`` (0.1): KL(q, (1 - beta) p + beta q);
-    - ``total_variation``: sum abs(p - q) / 2;
-    - ``squared_hellinger``: sum (sqrt p - sqrt q)^2 / 2;
-    - ``mse``: the mean over classes of (student - teacher)^2, of the logits as they are: no T, no T^2;
-    - ``dkd`` (8.0): KL of (label, all others) + beta KL within the others; needs labels at every alpha.
+    The divergences D, with the default of ``beta`` in parentheses:
+
+    <divergences>
 
     docs/losses.md in the repository says when to use which, and how other libraries' losses are written with this one.
-    Cross-entropy is always at T = 1. **alpha weighs the soft term** (torchdistill's alpha weighs the hard one).
-    Loss and gradient come from one pass over the logits; the teacher is a constant, no gradient flows into it.
 
     Args:
         student_logits: ``(..., C)``, classes last; float32, float64, bfloat16 or float16. Any strides; a non-unit
             stride of the last dimension costs a copy. For classes in dimension 1 pass ``logits.movedim(1, -1)``.
         teacher: logits ``(..., C)`` of any of these dtypes, or :class:`SoftTargets` (which also takes
-            probabilities, and the k largest logits of each row). May be None at alpha = 0. From
-            ``torch.inference_mode()`` too, but under torch.compile from ``torch.no_grad()``: a compiled graph cannot
-            save the former.
-        labels: class indices ``(...)``, int64 or int32. May be None at alpha = 1.
+            probabilities, and the k largest logits of each row). May be None if alpha is 0. Tensors made under
+            ``torch.inference_mode()`` are allowed, except under torch.compile: a compiled graph cannot save them, so
+            make them under ``torch.no_grad()``.
+        labels: class indices ``(...)``, int64 or int32. May be None if alpha is 1.
         divergence: one of the names above.
         beta: the divergence's parameter, in [0, 1] (dkd: at least 0).
         temperature: T > 0, a float or a 0-d tensor without gradient. It chooses the log-partition of a top-k teacher
-            with a bucket, so there it must be a float under torch.compile.
+            with ``tail="bucket"``; for such a teacher it must be a float under torch.compile.
         alpha: weight of the soft term in [0, 1], a float or a 0-d tensor without gradient. A term whose weight is 0
             is not evaluated.
         t_squared: multiply the soft term by T^2, so that its gradient keeps its scale when T changes.
-        ignore_index: rows with this label count for nothing: loss 0 and gradient exactly 0, whatever they hold.
-        unlabeled: "skip", or "distill": rows with the ignored label then keep their soft term and lose only the hard
-            one (unlabelled transfer data; give padding the sample weight 0).
-        sample_weight: ``(...)``, finite and >= 0, on both terms. A row of weight 0 counts for nothing.
+        ignore_index: rows with this label do not count: their loss is 0 and their gradient exactly 0, whatever values
+            they hold, NaN included.
+        unlabeled: "skip", or "distill" for unlabelled transfer data: rows with the ignored label then keep their soft
+            term and lose only the hard term. Give padding the sample weight 0 in this case.
+        sample_weight: ``(...)``, finite and >= 0; multiplies both terms of a row. A row of weight 0 does not count.
         class_weight: ``(C,)``, on the hard term, as ``weight`` in torch's cross_entropy.
         label_smoothing: in [0, 1], on the hard term, as in torch's cross_entropy.
         reduction: "mean", "sum" or "none". Each term has its own weighted mean: the soft one divides by
             sum w_i, the hard one by sum w_i class_weight[y_i], over the rows that count for it; never by N * C.
-            "none" gives ``(...)``. No row that counts (or no row): 0.
+            "none" gives ``(...)``. The loss is 0 if no row counts.
         num_items: replaces the denominators of "mean": a number >= 0, a 0-d tensor, or a pair (soft, hard);
             :func:`loss_items` counts them. For gradient accumulation it is the count over all micro-batches; under
             DistributedDataParallel, which averages over the ranks, the global count divided by the number of ranks.
-            0 says that no row counts for the term anywhere, and gives 0.
+            0 says that no row counts for the term in the whole step; the term is then 0.
         inplace: permission to write the gradient over student_logits' storage, which saves a buffer of its size. The
-            logits must not be needed afterwards: from then on they hold the gradient, and whatever reads them (a second
-            loss, an argmax) reads that. Autograd raises only if an earlier operation had saved them. One backward only.
-            Ignored where no gradient is wanted, and under torch.compile, other recorders and functorch;
+            logits must not be needed afterwards: they hold the gradient then, and a second loss or an argmax would read
+            it. Autograd raises an error only if an earlier operation had saved them. Only one backward is possible. The
+            permission is not used if no gradient is wanted, under torch.compile, other recorders and functorch;
             ``backend_info().last_call`` says what was done.
         return_metrics: also return :class:`LossMetrics`, from the same pass.
 
@@ -162,20 +156,21 @@ def distillation_loss(
         IndexError: a label that is neither in [0, C) nor ignore_index; the message names the first such row. Nothing
             has been written then.
 
-    Numerics: float32 arithmetic within blocks of a row, float64 across them and over rows; log space throughout; bit
-    for bit the same for every number of threads. A class with p = 0 (a teacher logit of -inf) adds the divergence's
-    limit, which is finite but for reverse_kl: +inf unless q = 0 too. Teachers with exact zeros, such as forests, want
-    forward_kl, jsd or skew_reverse_kl. Where the student has -inf and the teacher has mass, forward_kl is +inf with a
-    finite gradient. A NaN or +inf logit makes that row NaN.
+    Numerics: the arithmetic is float32 within blocks of a row, and float64 across blocks and rows, in log space
+    throughout. The result is the same to the bit for every number of threads. A class with p = 0 (a teacher logit of
+    -inf) contributes the limit of the divergence. The limit is finite, except for reverse_kl: +inf unless q = 0 too.
+    For teachers with exact zeros, such as forests, use forward_kl, jsd or skew_reverse_kl. If the student has a logit
+    of -inf where the teacher has mass, forward_kl is +inf with a finite gradient. A logit of NaN or +inf makes its row
+    NaN.
 
-    Memory: one buffer of the logits' size for the gradient, none with ``inplace``. On the compiled backend the largest
-    such buffer of 8 MiB or more is kept for the next step when it is freed, since new pages take as long as the loss;
-    under memory pressure the system takes it back (Linux). A backward that starts from a
-    gradient other than 1 makes one more; scale with ``num_items`` instead. Logits and teacher are kept until backward,
-    for a second derivative; changing them in place before it raises. For float16 logits and reduction="none" the
-    gradient is computed in backward, so that a loss scaler acts before anything is rounded to float16. Second
-    derivatives, forward mode, functorch transforms, tensor subclasses and other devices go through a formula of torch
-    operations: right, but with autograd's usual memory.
+    Memory: one buffer of the logits' size for the gradient, none with ``inplace``. The compiled backend keeps the
+    largest buffer of 8 MiB or more for the next step when it is freed, because touching new pages takes as long as the
+    loss; under memory pressure the system takes it back (Linux). A backward that starts from a gradient other than 1
+    makes one more buffer; scale with ``num_items`` instead. Logits and teacher are kept until backward, for a second
+    derivative; changing them in place before that is an error. For float16 logits and reduction="none" the gradient is
+    computed in backward, so that a loss scaler acts before anything is rounded to float16. Second derivatives, forward
+    mode, functorch transforms, tensor subclasses and other devices go through a formula of torch operations, which is
+    correct but has autograd's usual memory.
 
     Source: Hinton, Vinyals, Dean, "Distilling the Knowledge in a Neural Network", 2015, arXiv:1503.02531; those of the
     other divergences are in docs/losses.md.
@@ -194,6 +189,16 @@ def distillation_loss(
     return _loss(locals())
 
 
+def _divergences() -> str:
+    """List the registry's divergences for the docstring."""
+    return "\n    ".join(
+        f"- ``{name}``{'' if entry.beta is None else f' ({entry.beta})'}: {entry.formula}"
+        for name, entry in DIVERGENCES.items()
+    )
+
+
+if distillation_loss.__doc__ is not None:  # None under python -OO
+    distillation_loss.__doc__ = distillation_loss.__doc__.replace("<divergences>", _divergences())
 DEFAULTS: dict[str, Any] = distillation_loss.__kwdefaults__ or {}  # of the keyword arguments, by name
 
 

@@ -1,4 +1,4 @@
-"""The loss behind a linear head: from hidden states and weights, without the logits of all rows."""
+"""The loss from hidden states and the weights of a linear head, without storing the logits of all rows."""
 
 import math
 from collections.abc import Mapping
@@ -20,16 +20,16 @@ from pydistill.targets import SoftTargets
 
 
 class LinearTeacher:
-    """A teacher given by its last hidden states and the weight of its head, so that its logits never exist as a whole.
+    """A teacher given by its last hidden states and the weight of its head; its logits never exist all at once.
 
         logits = softcap * tanh(logit_scale * (hidden @ weight.T + bias) / softcap)
 
     Args:
-        hidden: ``(..., H)``; H is the teacher's own, any size. Kept without a copy, detached.
+        hidden: ``(..., H)``; H need not be the student's. Kept without a copy, detached.
         weight: ``(C, H)``, of the same dtype, as in ``torch.nn.Linear``.
         bias: ``(C,)`` or None.
-        softcap: the soft cap of the logits, as Gemma 2 has; None: none.
-        logit_scale: multiplies the logits before the cap, as in Cohere's models.
+        softcap: limit of the logits' absolute value, as in Gemma 2; None: no limit.
+        logit_scale: multiplies the logits before the limit is applied, as in Cohere's models.
 
     Raises:
         ValueError: shapes that disagree, a softcap or logit_scale that is not positive and finite.
@@ -62,11 +62,11 @@ class LinearTeacher:
 
     @property
     def shape(self) -> torch.Size:
-        """Shape of the logits that are never made, ``(..., C)``."""
+        """Shape of the logits, ``(..., C)``."""
         return torch.Size((*self.head.hidden.shape[:-1], self.head.weight.shape[0]))
 
     def __getitem__(self, rows: int | slice | Tensor) -> "LinearTeacher":
-        """The teacher of some rows: an index, a slice, a mask, or a tensor of indices, as in torch."""
+        """Select rows by an index, a slice, a mask, or a tensor of indices, as in torch."""
         hidden, chosen = self.head.hidden[rows], object.__new__(type(self))
         if hidden.dim() == 0 or hidden.shape[-1] != self.head.hidden.shape[-1]:
             raise IndexError(
@@ -146,28 +146,29 @@ def linear_distillation_loss(
     num_items: Number | tuple[Number, Number] | None = None,
     return_metrics: bool = False,
 ) -> Tensor | tuple[Tensor, LossMetrics]:
-    r""":func:`distillation_loss` of a linear head's logits, in chunks of rows: they never exist as a whole.
+    r"""Compute :func:`distillation_loss` from hidden states, in chunks of rows: all logits never exist at once.
 
     .. math::
         \text{student\_logits} = c \tanh(a\,(\text{hidden}\,\text{weight}^\top + \text{bias}) / c)
 
-    with a = ``logit_scale`` and c = ``softcap`` (without one: the scaled product itself). Loss and gradients of hidden,
-    weight and bias come from one run over the chunks, in forward: product, loss with its gradient over the chunk's
-    logits, products for the gradients. The loss itself, its options, errors and numerics are those of
-    :func:`distillation_loss`.
+    with a = ``logit_scale`` and c = ``softcap``; without a softcap the logits are the scaled product. The loss and the
+    gradients of hidden states, weight and bias are computed in forward, chunk by chunk: the logits, the loss with its
+    gradient, which overwrites the logits, and the products for the three gradients. Loss, options, errors and numerics
+    are those of :func:`distillation_loss`.
 
     Args:
         student_hidden: the student's last hidden states, ``(..., H)``.
-        student_weight: the head's weight ``(C, H)``, as in ``torch.nn.Linear``; it may be tied to an embedding, or
-            frozen (its gradient is then not computed), as may be the hidden states.
+        student_weight: the head's weight ``(C, H)``, as in ``torch.nn.Linear``. It may be tied to an embedding. Weight
+            and hidden states may be frozen; their gradients are then not computed.
         teacher: :class:`LinearTeacher`; or logits ``(..., C)`` or :class:`SoftTargets` as in
-            :func:`distillation_loss` (top-k targets spare the teacher's product). May be None at alpha = 0.
-        labels: ``(...)``, shifted by the caller: row i's label is the token after it.
+            :func:`distillation_loss`. Top-k targets save the teacher's product. May be None if alpha is 0.
+        labels: ``(...)``, shifted by the caller: the label of row i is the token after it.
         student_bias: ``(C,)`` or None.
-        softcap, logit_scale: of the student; the teacher has its own.
-        chunk_rows: rows per chunk. By default as many as 64 MiB of scratch hold: a chunk's student logits, those of
-            a LinearTeacher, and with a softcap one more. Fewer rows are slower products.
-        num_items: for micro-batches, the count over all of them; the gradients then add up to one batch's.
+        softcap, logit_scale: of the student's head; the teacher has its own.
+        chunk_rows: rows per chunk; by default as many as 64 MiB of scratch memory hold. A chunk needs memory for the
+            student's logits, for those of a LinearTeacher, and with a softcap for a third such array. The products of
+            few rows are slower.
+        num_items: for micro-batches, the count over all of them; the gradients then add up to those of one batch.
         return_metrics: also return :class:`LossMetrics`.
 
     The other options are those of :func:`distillation_loss`.
@@ -176,20 +177,20 @@ def linear_distillation_loss(
         Tensor: the loss, float32 (float64 for float64 weights); or ``(loss, LossMetrics)``.
 
     Raises:
-        As :func:`distillation_loss`, whose "student_logits" are ``(..., C)`` here; ValueError for a head whose shapes
-        disagree; TypeError for hidden and weight of two dtypes outside ``torch.autocast``.
+        The errors of :func:`distillation_loss`, in whose messages "student_logits" are ``(..., C)``; ValueError for a
+        head whose shapes disagree; TypeError for hidden states and weight of two dtypes outside ``torch.autocast``.
 
-    Numerics: products run in the weight's dtype, or in autocast's; in bfloat16 and float16 only where the CPU computes
-    them natively, else in float32, which is faster than an emulation. From the logits on everything is float32. The
-    gradient of a half weight is accumulated in float32, so that a chunk's small share is not lost.
+    Numerics: products are computed in the weight's dtype, or in that of autocast. bfloat16 and float16 are used only on
+    a CPU with instructions for them, else float32, which is faster than emulation. From the logits on the arithmetic is
+    float32. The gradient of a half weight is accumulated in float32, so that small contributions of a chunk are kept.
 
-    Memory: the scratch, and the gradients, which exist from forward on. A half weight's gradient has a float32
-    accumulator beside it, and 8 MiB of the weight are widened at a time; under autocast, the weight has a copy in that
-    dtype where products in it are native. A teacher given as logits exists already; a chunk of it is copied where rows
-    do not count, and all of it where its rows are not evenly spaced (``logits[:, :-1]``). Rows that do not count
-    (ignored label, sample weight 0) are dropped before the product. With reduction="none" the gradients' run is in
-    backward. Second derivatives, functorch transforms, other devices and graph recorders go through the whole logits.
-    torch.compile runs this function as it is, between its graphs (not with ``fullgraph=True``).
+    Memory: the scratch memory, and the gradients, which exist from forward on. The gradient of a half weight has a
+    float32 accumulator beside it, and 8 MiB of the weight are converted to float32 at a time; under autocast the weight
+    has a copy in autocast's dtype if the CPU multiplies in it. If the teacher is given as logits, a chunk of it is
+    copied where rows do not count, and all of it where its rows are not evenly spaced (``logits[:, :-1]``). Rows that
+    do not count (ignored label, sample weight 0) are left out of the products. With reduction="none" the gradients are
+    computed in backward. Second derivatives, functorch transforms, other devices and graph recorders use the logits of
+    all rows. torch.compile runs this function uncompiled, between its graphs (not with ``fullgraph=True``).
 
     Source: chunking as in Liger Kernel (arXiv:2410.10989); the loss as in :func:`distillation_loss`.
 

@@ -9,7 +9,7 @@
 #include <algorithm>
 #include <cmath>
 
-#include "vec.hpp"
+#include "pack.hpp"
 
 namespace pydistill::PYDISTILL_ISA {
 namespace {

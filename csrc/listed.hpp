@@ -5,6 +5,11 @@
 // The classes apart are few: their exponentials are taken as the scan takes them, the rest is computed in double.
 #pragma once
 
+#include <utility>
+
+#include "divergences.hpp"
+#include "row_kernel.hpp"
+
 namespace pydistill::PYDISTILL_ISA {
 namespace {
 

@@ -1,0 +1,72 @@
+// Whole blocks between memory's dtype and the compute type.
+#pragma once
+
+#include <type_traits>
+
+#include "half.hpp"
+#include "row_batch.hpp"
+#include "vec.hpp"
+
+namespace pydistill::PYDISTILL_ISA {
+namespace {
+
+// Whole blocks between memory's dtype and the compute type. The loops are simple enough for the compiler.
+template <class To, class From, class Convert>
+inline void convert(const char* from, char* to, int n, Convert one) {
+  const From* a = reinterpret_cast<const From*>(from);
+  To* b = reinterpret_cast<To*>(to);
+  for (int i = 0; i < n; ++i) b[i] = To(one(a[i]));
+}
+
+inline int convert_half_vectors(const char* from, float* to, int n) {
+  int i = 0;
+#if !defined(PYDISTILL_PORTABLE) && defined(__F16C__)
+  const uint16_t* a = reinterpret_cast<const uint16_t*>(from);
+  for (; i + 8 <= n; i += 8)
+    _mm256_storeu_ps(to + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(a + i))));
+#else
+  (void)from, (void)to, (void)n;
+#endif
+  return i;
+}
+
+inline int convert_half_vectors(const float* from, char* to, int n) {
+  int i = 0;
+#if !defined(PYDISTILL_PORTABLE) && defined(__F16C__)
+  uint16_t* b = reinterpret_cast<uint16_t*>(to);
+  for (; i + 8 <= n; i += 8)
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(b + i),
+                     _mm256_cvtps_ph(_mm256_loadu_ps(from + i), _MM_FROUND_TO_NEAREST_INT));
+#else
+  (void)from, (void)to, (void)n;
+#endif
+  return i;
+}
+
+template <class T>
+inline void read_block(const char* from, DType dtype, int n, T* to) {
+  char* out = reinterpret_cast<char*>(to);
+  switch (dtype) {
+    case DType::float32:
+      return convert<T, float>(from, out, n, [](float x) { return x; });
+    case DType::float64:
+      return convert<T, double>(from, out, n, [](double x) { return x; });
+    case DType::bfloat16:
+      return convert<T, uint16_t>(from, out, n, bfloat_to_float);
+    case DType::float16: {
+      int done = 0;
+      if constexpr (std::is_same_v<T, float>) done = convert_half_vectors(from, to, n);
+      return convert<T, uint16_t>(from + 2 * done, out + int(sizeof(T)) * done, n - done, half_to_float);
+    }
+  }
+}
+
+inline void write_block(const float* from, DType dtype, int n, char* to) {
+  if (dtype == DType::bfloat16)
+    return convert<uint16_t, float>(reinterpret_cast<const char*>(from), to, n, float_to_bfloat);
+  const int done = convert_half_vectors(from, to, n);
+  convert<uint16_t, float>(reinterpret_cast<const char*>(from + done), to + 2 * done, n - done, float_to_half);
+}
+
+}  // namespace
+}  // namespace pydistill::PYDISTILL_ISA

@@ -18,31 +18,6 @@ inline void convert(const char* from, char* to, int n, Convert one) {
   for (int i = 0; i < n; ++i) b[i] = To(one(a[i]));
 }
 
-inline int convert_half_vectors(const char* from, float* to, int n) {
-  int i = 0;
-#if !defined(PYDISTILL_PORTABLE) && defined(__F16C__)
-  const uint16_t* a = reinterpret_cast<const uint16_t*>(from);
-  for (; i + 8 <= n; i += 8)
-    _mm256_storeu_ps(to + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(a + i))));
-#else
-  (void)from, (void)to, (void)n;
-#endif
-  return i;
-}
-
-inline int convert_half_vectors(const float* from, char* to, int n) {
-  int i = 0;
-#if !defined(PYDISTILL_PORTABLE) && defined(__F16C__)
-  uint16_t* b = reinterpret_cast<uint16_t*>(to);
-  for (; i + 8 <= n; i += 8)
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(b + i),
-                     _mm256_cvtps_ph(_mm256_loadu_ps(from + i), _MM_FROUND_TO_NEAREST_INT));
-#else
-  (void)from, (void)to, (void)n;
-#endif
-  return i;
-}
-
 template <class T>
 inline void read_block(const char* from, DType dtype, int n, T* to) {
   char* out = reinterpret_cast<char*>(to);

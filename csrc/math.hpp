@@ -1,79 +1,72 @@
-// exp2 and log of vectors.
+// exp2 and log of vectors. Each function states its lane types, its range and its largest error.
 #pragma once
 
 #include <cmath>
 #include <cstdint>
 #include <iterator>
+#include <limits>
+#include <type_traits>
 
 #include "vec.hpp"
 
 namespace pydistill::PYDISTILL_ISA {
 namespace {
 
-// exp2(d * c) for d <= 0 and c > 0; exactly 0 below 2^-126 (double: 2^-1022.5), NaN for NaN. Beside the rounding
-// of c, within 1.5 ULP of float (2 of double) where the hardware fuses multiply and add, and |d * c| more where it
-// does not. `lowest` is lowest_exponent / c, computed once by the caller.
-//
-// With d * c = n / steps + f, the result is 2^(n / steps) * 2^f. n comes from adding 1.5 * 2^(mantissa bits) /
-// steps, which leaves it in the low bits. f, in [-1/2, 1/2] / steps, goes through one fma, so that the product is
-// not rounded, and 2^f = 1 + f * p(f).
-//
-// float with a register for a table of 8 steps: p minimax of degree 2, relative error of 2^f 2.5e-8. float
-// without: degree 5, 1.6e-8. double: Taylor of degree 12, 4e-18.
-template <class T>
-struct Exp2;
-template <>
-struct Exp2<float> {
-  static constexpr int mantissa_bits = 23;
-  static constexpr float lowest_exponent = -127.0f;
-#if defined(__AVX2__) && !defined(PYDISTILL_PORTABLE)
+// The numbers of exp2 for T: 2^f = 1 + f * p(f), and the result has steps = 2^log_steps steps per power of 2.
+struct Exp2WithTable {  // p is minimax, of degree 2; relative error of 2^f 2.5e-8
   static constexpr int log_steps = 3;
   static constexpr float p[] = {0x1.62e432p-1f, 0x1.ec0c32p-3f, 0x1.c6a002p-5f};
-#else
+  // The bits of 2^(k / steps) less k << (mantissa_bits - log_steps), twice: lookup() reads a register of 8 or 16.
+  alignas(64) static constexpr int32_t step_bits[] = {
+      0x3f800000, 0x3f7b95c2, 0x3f7837f0, 0x3f75fed7, 0x3f7504f3, 0x3f75672a, 0x3f7744fd, 0x3f7ac0c7,
+      0x3f800000, 0x3f7b95c2, 0x3f7837f0, 0x3f75fed7, 0x3f7504f3, 0x3f75672a, 0x3f7744fd, 0x3f7ac0c7};
+};
+struct Exp2WithoutTable {  // p is minimax, of degree 5; relative error of 2^f 1.6e-8
   static constexpr int log_steps = 0;
   static constexpr float p[] = {0x1.62e43p-1f,  0x1.ebfbdap-3f,  0x1.c6aed4p-5f,
                                 0x1.3b2dbcp-7f, 0x1.5f456ap-10f, 0x1.41d334p-13f};
-#endif
+};
+template <class T>
+struct Exp2;
+template <>
+struct Exp2<float> : std::conditional_t<kFastLookup, Exp2WithTable, Exp2WithoutTable> {
+  static constexpr int mantissa_bits = 23;
+  static constexpr float lowest_exponent = -127.0f;
 };
 template <>
-struct Exp2<double> {
-  static constexpr int mantissa_bits = 52;
-  static constexpr double lowest_exponent = -1023.0;
+struct Exp2<double> {  // p is Taylor's, of degree 12; relative error of 2^f 4e-18
   static constexpr int log_steps = 0;
   static constexpr double p[] = {0.6931471805599453,     0.2402265069591007,     0.055504108664821576,
                                  0.009618129107628477,   0.0013333558146428441,  0.00015403530393381606,
                                  1.5252733804059838e-05, 1.3215486790144305e-06, 1.0178086009239696e-07,
                                  7.054911620801121e-09,  4.44553827187081e-10,   2.5678435993488196e-11,
                                  1.3691488853904124e-12};
+  static constexpr int mantissa_bits = 52;
+  static constexpr double lowest_exponent = -1023.0;
 };
 
+// The bits of 2^(n / steps) less those that n << (mantissa_bits - log_steps) adds.
 template <class T>
-struct BitsOf {
-  typedef Integer<T> type __attribute__((vector_size(kVecBytes)));
-};
-template <class T>
-using Bits = typename BitsOf<T>::type;
-
-// The bits of 2^(k / steps) less k << (mantissa bits - log_steps), where k is n modulo steps: adding n shifted by
-// as much gives the bits of 2^(n / steps).
-#if defined(__AVX2__) && !defined(PYDISTILL_PORTABLE)
-alignas(64) constexpr int32_t kStepBits[16] = {
-    0x3f800000, 0x3f7b95c2, 0x3f7837f0, 0x3f75fed7, 0x3f7504f3, 0x3f75672a, 0x3f7744fd, 0x3f7ac0c7,
-    0x3f800000, 0x3f7b95c2, 0x3f7837f0, 0x3f75fed7, 0x3f7504f3, 0x3f75672a, 0x3f7744fd, 0x3f7ac0c7};
-inline Bits<float> step_bits(Bits<float> n) {
-#if defined(__AVX512F__)
-  return (Bits<float>)_mm512_permutexvar_epi32((__m512i)n, _mm512_load_si512(kStepBits));
-#else
-  return (Bits<float>)_mm256_permutevar8x32_epi32(_mm256_load_si256((const __m256i*)kStepBits), (__m256i)n);
-#endif
+inline Bits<T> step_bits(Bits<T> n) {
+  using E = Exp2<T>;
+  if constexpr (E::log_steps > 0)
+    return lookup(E::step_bits, n);
+  else
+    return Bits<T>{} + (Integer<T>(std::numeric_limits<T>::max_exponent - 1) << E::mantissa_bits);  // of 1
 }
-#else
-inline Bits<float> step_bits(Bits<float>) { return Bits<float>{} + 0x3f800000; }
-#endif
-inline Bits<double> step_bits(Bits<double>) { return Bits<double>{} + 0x3ff0000000000000; }
 
-// N arguments in step: one polynomial is a chain of dependent instructions, and a CPU's scheduler holds few
-// chains.
+// result[i] = 2^(d[i] * c), for N vectors.
+//
+// Lane types: float, double.
+// Range:      d <= 0, c > 0. Exactly 0 where d * c is below -126 (double: -1022.5), NaN for NaN.
+// Max error:  beside the rounding of c, 1.5 ULP (double: 2 ULP) where fma() is fused, and |d * c| ULP more where
+// it
+//             is not.
+// Arguments:  lowest is Exp2<T>::lowest_exponent / c, computed once by the caller.
+// Method:     with d * c = n / steps + f, the result is 2^(n / steps) * 2^f. Adding 1.5 * 2^mantissa_bits / steps
+//             leaves n in the low bits of the sum. f, in [-1/2, 1/2] / steps, comes from one fma, so that the
+//             product is not rounded. The N polynomials advance together: each is a chain of dependent
+//             instructions, and a CPU's scheduler overlaps only a few chains.
 template <int N, class T>
 inline void exp2(const Vec<T> (&d)[N], Vec<T> c, Vec<T> lowest, Vec<T> (&result)[N]) {
   using E = Exp2<T>;
@@ -85,7 +78,7 @@ inline void exp2(const Vec<T> (&d)[N], Vec<T> c, Vec<T> lowest, Vec<T> (&result)
   for (int i = 0; i < N; ++i) f[i] = fma(f[i], c, magic - scale[i]);
   for (int i = 0; i < N; ++i) {
     const Bits<T> n = (Bits<T>)scale[i].v;
-    scale[i].v = (Register<T>)((n << shift) + step_bits(n));
+    scale[i].v = (Register<T>)((n << shift) + step_bits<T>(n));
   }
   for (int i = 0; i < N; ++i) result[i] = fma(f[i], set<T>(E::p[degree]), set<T>(E::p[degree - 1]));
   for (int k = degree - 2; k >= 0; --k)
@@ -93,9 +86,15 @@ inline void exp2(const Vec<T> (&d)[N], Vec<T> c, Vec<T> lowest, Vec<T> (&result)
   for (int i = 0; i < N; ++i) result[i] = fma(f[i] * scale[i], result[i], scale[i]);
 }
 
-// log(x) for normal x > 0; exactly 0 at 1, NaN for NaN. float: x = 2^n (1 + f) with 1 + f in [sqrt(1/2), sqrt(2)]
-// and log(1 + f) = f - f^2 / 2 + f^3 p(f), p minimax of degree 6, relative error 3.5e-8; within 1 ULP. double:
-// libm.
+// log(x), the natural logarithm.
+//
+// Lane types: float, double.
+// Range:      normal numbers > 0. Exactly 0 at 1, NaN for NaN.
+// Max error:  1 ULP (double: that of libm).
+// Method:     float: x = 2^n (1 + f) with 1 + f in [sqrt(1/2), sqrt(2)], and log(1 + f) = f - f^2 / 2 + f^3 p(f),
+// p
+//             minimax of degree 6, relative error 3.5e-8. n log(2) is added in two parts. double: libm, lane by
+//             lane.
 inline Vec<float> log(Vec<float> x) {
   constexpr float p[] = {0x1.5556d8p-2f, -0x1.000382p-2f, 0x1.98d7f2p-3f, -0x1.53824ap-3f,
                          0x1.317458p-3f, -0x1.2432b8p-3f, 0x1.645eap-4f};

@@ -1,0 +1,26 @@
+// The register family of any other machine: 16 bytes, and no instruction by name.
+#pragma once
+
+namespace pydistill::PYDISTILL_ISA {
+namespace {
+constexpr int kVecBytes = 16;
+}
+}  // namespace pydistill::PYDISTILL_ISA
+
+#include "vec_type.hpp"
+
+namespace pydistill::PYDISTILL_ISA {
+namespace {
+
+constexpr bool kFastLookup = false;
+
+inline void prefetch(const char*) {}
+inline void prefetch_to_write(const char*) {}
+inline void stream_fence() {}
+
+struct FlushDenormals {
+  FlushDenormals() {}  // so that an object that is never read is no warning
+};
+
+}  // namespace
+}  // namespace pydistill::PYDISTILL_ISA

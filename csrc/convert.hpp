@@ -1,4 +1,4 @@
-// Whole blocks between memory's dtype and the compute type.
+// Conversion of blocks of elements between their dtype in memory and the compute type, float or double.
 #pragma once
 
 #include <type_traits>
@@ -10,7 +10,10 @@
 namespace pydistill::PYDISTILL_ISA {
 namespace {
 
-// Whole blocks between memory's dtype and the compute type. The loops are simple enough for the compiler.
+template <class T>
+constexpr DType kComputeDType = sizeof(T) == 8 ? DType::float64 : DType::float32;
+
+// A loop that the compiler vectorises.
 template <class To, class From, class Convert>
 inline void convert(const char* from, char* to, int n, Convert one) {
   const From* a = reinterpret_cast<const From*>(from);

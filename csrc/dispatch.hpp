@@ -1,4 +1,4 @@
-// The ISA variants that were compiled, best first, and which of them this CPU can run.
+// The ISA variants that were compiled, best first, and whether this CPU supports them.
 #pragma once
 
 #include <cstddef>
@@ -8,15 +8,15 @@
 
 namespace pydistill {
 
-// Rows [begin, end), with scratch memory that is aligned to 64 bytes. Allocates nothing and throws nothing: it
-// runs in a parallel region.
+// Computes the rows [begin, end), with scratch memory aligned to 64 bytes. Runs in a parallel region, so that it
+// must neither allocate nor throw.
 using RunRows = void (*)(const RowBatch&, const RowPlan*, RowOutcome*, int64_t begin, int64_t end, bool past_cache,
                          char* scratch);
 
 struct IsaVariant {
   const char* name;
   bool (*usable)();
-  size_t (*scratch_bytes)(const RowBatch&);  // of one call of run_rows; a multiple of 64
+  size_t (*scratch_bytes)(const RowBatch&);  // scratch memory for one call of run_rows; a multiple of 64
   RunRows run_rows;
 };
 

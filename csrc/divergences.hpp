@@ -1,9 +1,11 @@
-// Pointwise divergences D(p, q) = sum_j value_j, with h_j = d value_j / d log q_j.
-// p is the teacher, q the student. The row kernel turns h into the gradient of the student's logits,
-// (h_j - q_j * sum_k h_k) / T, so nothing here knows of temperature, weights, labels or reductions. A constant
-// times q_j may be left out of h_j: that gradient does not change.
+// Pointwise divergences: D(p, q) = sum_j value_j of a teacher p and a student q, and h_j = d value_j / d log q_j.
 //
-// times(w, x) is w * x, but 0 where w is 0: that is the limit of w * log w, and 0 * inf never arises.
+// The row kernel turns h into the gradient by the student's logits, (h_j - q_j * sum_k h_k) / T, and applies
+// temperature, weights, labels and reductions. Values are in nats, with all constants. A constant times q_j may be
+// dropped from h_j: it does not change the gradient. Unless a domain is given it is p, q >= 0 and 0 < beta <= 1.
+// Where beta makes a divergence equal to another one, as jsd at 0 and 1, Python chooses the other one.
+//
+// times(w, x) is w * x, but 0 where w is 0, the limit of w * log w: so 0 * inf never arises.
 #pragma once
 
 #include <algorithm>
@@ -14,13 +16,14 @@
 namespace pydistill::PYDISTILL_ISA {
 namespace {
 
-// log_ratio is log q - log p, from the logits: as a difference of two logs of p and q it would lose digits.
-// rest is 1 - beta, rounded once: near 1 the rounded beta has lost it. reference is D::reference of the row: the
-// factor of q in h at the student's largest class, for a D whose h would otherwise be large where q is, so that h
-// and its sum cancel. All are Packs.
+// The arguments of a divergence; each is a Pack.
 template <class P>
 struct Point {
-  P p, q, log_ratio, reference, beta, rest;
+  P p, q;
+  P log_ratio;  // log q - log p, from the logits: the difference of two logarithms would lose digits
+  P reference;  // D::reference of the row: the factor of q in h at the student's largest class. Subtracted in h,
+                // it keeps h small where q is large, so that h_j and q_j * sum_k h_k do not cancel
+  P beta, one_minus_beta;  // rounded separately: a beta near 1 has few digits of 1 - beta
 };
 
 struct NoReference {
@@ -29,18 +32,19 @@ struct NoReference {
 
 // p and q relative to their mixture m = of_p * p + of_q * q, where of_p + of_q = 1. Computed from smaller /
 // larger, so that nothing overflows, and as a sum of two numbers >= 0, so that nothing cancels when a weight is
-// tiny; exactly 0, 0 and p where p = q.
+// tiny. Exactly 0, 0 and p where p = q.
 template <class P>
 struct Mixture {
-  P log_p_over_m, log_q_over_m, overlap;  // overlap: p * q / m
+  P log_p_over_m, log_q_over_m;
+  P overlap;  // p * q / m
 
   Mixture(const Point<P>& x, const P& of_p, const P& of_q) {
     const P one = constant(1, x.p), zero = constant(0, x.p);
     const P larger = max(x.p, x.q), smaller = where_positive(x.log_ratio, x.p, x.q);
     const P ratio = smaller / larger;
     const P of_larger = where_positive(x.log_ratio, of_q, of_p);
-    const P m =
-        max(smallest(x.p), fma(of_larger, one - ratio, ratio));  // over the larger; normal, for log and 1 / m
+    // m over the larger of p and q; a normal number, which log and 1 / m need.
+    const P m = max(smallest(x.p), fma(of_larger, one - ratio, ratio));
     const P larger_over_m = -log(m);
     log_p_over_m = larger_over_m - max(zero, x.log_ratio);
     log_q_over_m = larger_over_m - max(zero, -x.log_ratio);
@@ -48,53 +52,57 @@ struct Mixture {
   }
 };
 
-// log(q / m) of one class in double, from log q - log p.
+// log(q / m) of one class, in double, from log q - log p.
 inline double log_q_over_mixture(double log_ratio, double of_p, double of_q) {
   const double ratio = std::exp(-std::abs(log_ratio));
   return -std::log(ratio + (log_ratio > 0 ? of_q : of_p) * (1 - ratio)) - std::max(0.0, -log_ratio);
 }
 
-// sum p (log p - log q). Its h is -p, whose sum is -1: the row kernel needs no second look at the row.
+// KL(p, q) = sum p (log p - log q). Domain: p >= 0, q > 0 where p is; +inf elsewhere. The sum of h is -1, so that
+// the row kernel needs no second pass.
 struct ForwardKl : NoReference {
   static auto value(const auto& x) { return -times(x.p, x.log_ratio); }
   static auto d_log_q(const auto& x) { return -x.p; }
 };
 
-// sum q (log q - log p). +inf, with a NaN gradient, where p is 0 and q is not. Without the reference h would be
-// large where student and teacher disagree, and its sum would cancel: 2.8 times the bound on the error at T = 0.5.
+// KL(q, p) = sum q (log q - log p). Domain: q >= 0, p > 0 where q is; elsewhere +inf, with a gradient of NaN. h
+// drops q * (1 + reference): without a reference it would be large where student and teacher disagree, and cancel
+// against its sum, with 2.8 times the permitted error at T = 0.5.
 struct ReverseKl {
   static double reference(double log_ratio, double, double) { return log_ratio; }
   static auto value(const auto& x) { return times(x.q, x.log_ratio); }
   static auto d_log_q(const auto& x) { return times(x.q, x.log_ratio - x.reference); }
 };
 
-// beta KL(p, m) + (1 - beta) KL(q, m) with m = beta p + (1 - beta) q.
+// Jensen-Shannon: beta KL(p, m) + (1 - beta) KL(q, m) with m = beta p + (1 - beta) q.
 struct Jsd : NoReference {
   static auto value(const auto& x) {
-    return x.beta * times(x.p, Mixture(x, x.beta, x.rest).log_p_over_m) + d_log_q(x);
+    return x.beta * times(x.p, Mixture(x, x.beta, x.one_minus_beta).log_p_over_m) + d_log_q(x);
   }
-  static auto d_log_q(const auto& x) { return x.rest * times(x.q, Mixture(x, x.beta, x.rest).log_q_over_m); }
+  static auto d_log_q(const auto& x) {
+    return x.one_minus_beta * times(x.q, Mixture(x, x.beta, x.one_minus_beta).log_q_over_m);
+  }
 };
 
 // KL(p, beta p + (1 - beta) q).
 struct SkewForwardKl : NoReference {
-  static auto value(const auto& x) { return times(x.p, Mixture(x, x.beta, x.rest).log_p_over_m); }
-  static auto d_log_q(const auto& x) { return -x.rest * Mixture(x, x.beta, x.rest).overlap; }
+  static auto value(const auto& x) { return times(x.p, Mixture(x, x.beta, x.one_minus_beta).log_p_over_m); }
+  static auto d_log_q(const auto& x) { return -x.one_minus_beta * Mixture(x, x.beta, x.one_minus_beta).overlap; }
 };
 
-// KL(q, (1 - beta) p + beta q).
+// KL(q, (1 - beta) p + beta q). h drops q * reference.
 struct SkewReverseKl {
-  static double reference(double log_ratio, double beta, double rest) {
-    return log_q_over_mixture(log_ratio, rest, beta);
+  static double reference(double log_ratio, double beta, double one_minus_beta) {
+    return log_q_over_mixture(log_ratio, one_minus_beta, beta);
   }
-  static auto value(const auto& x) { return times(x.q, Mixture(x, x.rest, x.beta).log_q_over_m); }
+  static auto value(const auto& x) { return times(x.q, Mixture(x, x.one_minus_beta, x.beta).log_q_over_m); }
   static auto d_log_q(const auto& x) {
-    const Mixture m(x, x.rest, x.beta);
-    return times(x.q, m.log_q_over_m - x.reference) + x.rest * m.overlap;
+    const Mixture m(x, x.one_minus_beta, x.beta);
+    return times(x.q, m.log_q_over_m - x.reference) + x.one_minus_beta * m.overlap;
   }
 };
 
-// 1/2 sum |p - q|. Where they are equal the derivative is taken as 0.
+// 1/2 sum |p - q|. The derivative where p = q is taken as 0.
 struct TotalVariation : NoReference {
   static auto value(const auto& x) { return constant(0.5, x.q) * abs(x.q - x.p); }
   static auto d_log_q(const auto& x) { return constant(0.5, x.q) * times(x.q - x.p, x.q / abs(x.q - x.p)); }

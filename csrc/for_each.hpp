@@ -1,4 +1,4 @@
-// The one loop with its tail.
+// for_each: the loop over the vectors of a block, with its tail.
 #pragma once
 
 #include <limits>
@@ -9,13 +9,14 @@
 namespace pydistill::PYDISTILL_ISA {
 namespace {
 
-// A block stays in L1; with two accumulators each float lane adds 32 terms before the sum goes on in double.
+// Elements of a block: few enough to stay in L1. With two accumulators each float lane adds 32 terms; the sums of
+// blocks are added in double.
 template <class T>
 constexpr int kBlock = 64 * kVecBytes / int(sizeof(float));
 
-// Calls f(j, k, width): `width` vectors from element j on, a constant for the compiler. By kAtOnce whole vectors,
-// then one by one; k counts the elements of a single vector, fewer than its lanes in the tail and in the `head`
-// that leads to an aligned address.
+// Calls f(j, k, width) for `width` vectors from element j on: first for kAtOnce vectors at a time, then for single
+// ones. `width` is a std::integral_constant. k is the number of elements in a single vector: fewer than its lanes
+// in the tail, and in the `head` elements that come before an aligned address.
 template <class T, int kAtOnce = 2, class F>
 inline void for_each(int n, int head, F f) {
   constexpr int lanes = kLanes<T>;
@@ -28,6 +29,7 @@ inline void for_each(int n, int head, F f) {
   if (j < n) f(j, n - j, single);
 }
 
+// k elements; lanes beyond them are padded with the lowest number, whose exponential is 0.
 template <class T>
 inline Vec<T> load(const T* p, int k) {
   return k == kLanes<T> ? load(p) : load_first(p, k, std::numeric_limits<T>::lowest());

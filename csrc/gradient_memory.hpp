@@ -1,5 +1,5 @@
-// Memory for a large gradient. New pages cost as much as the kernel, so the largest buffer that was given back is
-// kept for the next step. Meanwhile the system may take its pages without asking: they count as free (MADV_FREE).
+// GradientMemory: memory for a large gradient, reused from step to step. New pages cost as much time as the
+// kernel, so the largest buffer is kept when it is released. The system may reclaim its pages (MADV_FREE).
 #pragma once
 
 #include <atomic>
@@ -22,7 +22,7 @@ class GradientMemory {
     Pages* kept = kept_pages().exchange(nullptr);
     if (kept && kept->bytes < bytes) keep(std::exchange(kept, nullptr));
     pages_ = kept ? kept : map(bytes);
-    if (!pages_) {  // what is kept is free to take for the system, but counts under a limit on the address space
+    if (!pages_) {  // the kept buffer costs no memory, but it counts towards a limit on the address space
       release();
       pages_ = map(bytes);
     }
@@ -35,7 +35,7 @@ class GradientMemory {
   void* data() const { return pages_->data; }
   size_t bytes() const { return bytes_; }
 
-  // Gives what is kept back to the system.
+  // Returns the kept buffer to the system.
   static void release() { unmap(kept_pages().exchange(nullptr)); }
 
  private:
@@ -44,14 +44,14 @@ class GradientMemory {
     size_t bytes;
   };
 
-  // One place and no lock, which a forked child would inherit locked.
+  // A single buffer, exchanged atomically. A forked child could inherit a lock in its locked state.
   static std::atomic<Pages*>& kept_pages() {
     static std::atomic<Pages*> pages{nullptr};
     return pages;
   }
 
-  // The larger of two stays. Another thread may take and free what has been published, so that its size is read
-  // before.
+  // Keeps the larger of this buffer and the kept one. The size is read first: once the pointer is published,
+  // another thread may take and free the buffer.
   static void keep(Pages* pages) {
 #if defined(__linux__)
     madvise(pages->data, pages->bytes, MADV_FREE);
@@ -66,7 +66,7 @@ class GradientMemory {
   }
 
 #if defined(__linux__)
-  // Null where there is no memory.
+  // Maps whole huge pages, aligned to huge pages. Returns null if there is no memory.
   static Pages* map(size_t bytes) {
     constexpr size_t huge_page = size_t(2) << 20;
     if (bytes > std::numeric_limits<size_t>::max() - 2 * huge_page) return nullptr;

@@ -1,4 +1,5 @@
-// float16 and bfloat16 as bits, one number at a time. Internal linkage, as in vec.hpp: every ISA has its own copy.
+// Conversion of single numbers between float and the bits of float16 and bfloat16. Internal linkage, so that every
+// ISA variant has its own copy.
 #pragma once
 
 #include <cstdint>
@@ -15,7 +16,7 @@ inline float half_to_float(uint16_t h) {
     bits = 0x7f800000u | ((magnitude & 0x3ffu) << 13);
   } else if (magnitude >= 0x0400u) {
     bits = (magnitude << 13) + ((127u - 15u) << 23);
-  } else {  // zero, denormal: magnitude * 2^-24, exact in float
+  } else {  // zero or denormal: magnitude * 2^-24, exact in float
     const float x = float(magnitude) * 0x1p-24f;
     std::memcpy(&bits, &x, sizeof bits);
   }
@@ -32,7 +33,7 @@ inline uint16_t float_to_half(float x) {
   bits &= 0x7fffffffu;
   if (bits > 0x7f800000u) return sign | 0x7e00u;   // NaN
   if (bits >= 0x477ff000u) return sign | 0x7c00u;  // rounds to inf
-  if (bits < 0x38800000u) {                        // below 2^-14: the addition rounds to a multiple of 2^-24
+  if (bits < 0x38800000u) {                        // below 2^-14: adding 0.5 rounds to a multiple of 2^-24
     float magnitude;
     std::memcpy(&magnitude, &bits, sizeof magnitude);
     magnitude += 0.5f;

@@ -1,4 +1,9 @@
-// Compiled once per ISA.
+// One row from start to end, and the functions that an ISA variant exports. CMake compiles this file once per ISA.
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+
 #include "gradient.hpp"
 #include "listed.hpp"
 #include "row_kernel.hpp"
@@ -8,10 +13,10 @@
 namespace pydistill::PYDISTILL_ISA {
 namespace {
 
-// torch's value for this row under reduction="none", class weight and label smoothing included.
+// The value of torch's cross_entropy with reduction="none" for this row, with class weights and label smoothing.
 template <class T>
 double RowKernel<T>::cross_entropy(int64_t row, const RowPlan& plan, const RowState& state) {
-  const double log_sum = std::log(state.whole_sum), max = state.whole_max;
+  const double log_sum = std::log(state.full_sum), max = state.full_max;
   T logit = 0;
   read_block(batch_.student.at(row, plan.label), batch_.student.dtype, 1, &logit);
   const double weight = class_weight_ ? double(class_weight_[plan.label]) : 1;
@@ -19,9 +24,9 @@ double RowKernel<T>::cross_entropy(int64_t row, const RowPlan& plan, const RowSt
   const double nll = weight * (max - double(logit) + log_sum);
   if (smoothing == 0) return nll;
   double shifted = 0;  // sum of class_weight * (s - max)
-  for (int64_t begin = 0; begin < batch_.classes; begin += block) {
-    const int n = count(begin);
-    const T* s = read(batch_.student, row, begin, n, student_block_);
+  for (int64_t begin = 0; begin < batch_.classes; begin += kBlock<T>) {
+    const int n = block_size(begin);
+    const T* s = read(batch_.student, row, begin, n, student_buffer_);
     Vec<T> total = set<T>(0);
     for_each<T>(n, 0, [&](int start, int k, auto width) {
       for (int i = 0; i < width; ++i) {
@@ -37,79 +42,83 @@ double RowKernel<T>::cross_entropy(int64_t row, const RowPlan& plan, const RowSt
   return (1 - smoothing) * nll + smoothing * smooth;
 }
 
+// The class of the block at `begin` whose logit is `max`, or the number of classes if there is none.
 template <class T>
 int64_t RowKernel<T>::argmax(const Matrix& m, int64_t row, int64_t begin, T max) {
-  const int n = count(begin);
-  const T* x = read(m, row, begin, n, student_block_);
+  const int n = block_size(begin);
+  const T* x = read(m, row, begin, n, student_buffer_);
   int i = 0;
   while (i + kLanes<T> <= n && !any_equal(load(x + i), set<T>(max))) i += kLanes<T>;
   const T* found = std::find(x + i, x + n, max);
   return found == x + n ? batch_.classes : begin + (found - x);
 }
 
-// Ties go to the lowest class; a row with NaN, or of -inf only, has no maximum.
+// Ties go to the lowest class. A row with NaN, or of -inf only, has no maximum.
 template <class T>
 void RowKernel<T>::compare_argmax(int64_t row, const RowPlan& plan, const RowState& state, RowOutcome& outcome) {
   T student_max = state.max.student, teacher_max = state.max.teacher;
-  for (const Apart& a : apart_) student_max = std::max(student_max, a.student);
+  for (const ListedClass& c : listed_) student_max = std::max(student_max, c.student);
   int64_t best = batch_.classes, teacher_best = batch_.classes;
-  if (state.max.student == student_max) best = argmax(batch_.student, row, state.student_block, student_max);
-  for (const Apart& a : apart_)
-    if (a.student == student_max) best = std::min(best, a.index);
+  if (state.max.student == student_max) best = argmax(batch_.student, row, state.student_max_block, student_max);
+  for (const ListedClass& c : listed_)
+    if (c.student == student_max) best = std::min(best, c.index);
   outcome.accuracy = best == plan.label;
-  if (!state.teacher_ordered) return;
-  for (const Apart& a : apart_) teacher_max = std::max(teacher_max, a.teacher);
+  if (!state.teacher_valid) return;
+  for (const ListedClass& c : listed_) teacher_max = std::max(teacher_max, c.teacher);
   if (!batch_.teacher_indices && state.max.teacher == teacher_max)
-    teacher_best = argmax(batch_.teacher, row, state.teacher_block, teacher_max);
-  for (const Apart& a : apart_)
-    if (a.teacher == teacher_max) teacher_best = std::min(teacher_best, a.index);
+    teacher_best = argmax(batch_.teacher, row, state.teacher_max_block, teacher_max);
+  for (const ListedClass& c : listed_)
+    if (c.teacher == teacher_max) teacher_best = std::min(teacher_best, c.index);
   outcome.agreement = best == teacher_best && best < batch_.classes;
 }
 
 template <class T>
 RowOutcome RowKernel<T>::run(int64_t row, const RowPlan& plan) {
   RowOutcome outcome;
-  RowState state = apart_.empty() ? scan(row) : scan_without_apart(row, plan);
+  RowState state = listed_.empty() ? scan(row) : scan_unlisted(row, plan);
   const Sums& sums = state.sums;
   const double units = options_.t_squared ? temperature_ * temperature_ : 1;
   const double scale = plan.soft_scale * units / temperature_;
   double h_sum = 0;
   Factors factors;
-  state.student_ordered = sums.student > 0;  // false for NaN
-  state.teacher_ordered = sums.teacher > 0;
-  switch (kind_) {
-    case Kind::none:
+  state.student_valid = sums.student > 0;  // false for NaN
+  state.teacher_valid = sums.teacher > 0;
+  switch (soft_term_) {
+    case SoftTerm::none:
       break;
-    case Kind::shortcut:
+    case SoftTerm::forward_kl:
       outcome.soft = units * (sums.cross / (sums.teacher * temperature_) + std::log(sums.student / sums.teacher));
-      factors = {scale / sums.student, -scale / sums.teacher};  // h is -p, its sum -1
+      factors.student_exp = scale / sums.student;
+      factors.derivative = -scale / sums.teacher;  // h is -p, its sum -1
       break;
-    case Kind::pointwise: {
-      const PointSums points = second_pass(row, state);
+    case SoftTerm::pointwise: {
+      const PointSums points = pointwise_pass(row, state);
       outcome.soft = units * points.value;
-      // An infinite h (reverse_kl where p is 0): the whole row's gradient is NaN, not a mixture of NaN and inf.
+      // An infinite h (reverse_kl where p is 0) makes the gradient of the whole row NaN, not some of it inf.
       h_sum = std::isfinite(points.h) ? points.h : std::numeric_limits<double>::quiet_NaN();
-      factors.third = scale;
+      factors.derivative = scale;
       break;
     }
-    case Kind::mse:
-      outcome.soft = difference_pass(row, state);
-      factors.third = 2 * plan.soft_scale / double(batch_.classes);
+    case SoftTerm::mse:
+      outcome.soft = mse_pass(row, state);
+      factors.derivative = 2 * plan.soft_scale / double(batch_.classes);
       break;
-    case Kind::topk:
-    case Kind::dkd:
-      add_apart(state);
-      outcome.soft =
-          units * (kind_ == Kind::topk ? topk_term(row, scale, state, factors) : dkd_term(scale, state, factors));
+    case SoftTerm::topk:
+      add_listed(state);
+      outcome.soft = units * topk_term(row, scale, state, factors);
+      break;
+    case SoftTerm::dkd:
+      add_listed(state);
+      outcome.soft = units * dkd_term(scale, state, factors);
       break;
   }
-  if (std::isnan(outcome.soft)) {  // then so is the whole row's gradient, also where h does not see the NaN
-    factors.student = factors.third = outcome.soft;
-    for (Apart& a : apart_) a.gradient = outcome.soft;
+  if (std::isnan(outcome.soft)) {  // the gradient of the whole row is NaN, even if h is not
+    factors.student_exp = factors.derivative = outcome.soft;
+    for (ListedClass& c : listed_) c.gradient = outcome.soft;
   }
-  if (hard_ && plan.label >= 0) outcome.hard = cross_entropy(row, plan, state);
-  if (batch_.want_metrics && state.student_ordered) compare_argmax(row, plan, state, outcome);
-  if (write_) write(row, plan, state, h_sum, factors);
+  if (has_hard_ && plan.label >= 0) outcome.hard = cross_entropy(row, plan, state);
+  if (batch_.want_metrics && state.student_valid) compare_argmax(row, plan, state, outcome);
+  if (want_gradient_) write_row(row, plan, state, h_sum, factors);
   return outcome;
 }
 

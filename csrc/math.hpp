@@ -12,11 +12,11 @@
 namespace pydistill::PYDISTILL_ISA {
 namespace {
 
-// The numbers of exp2 for T: 2^f = 1 + f * p(f), and the result has steps = 2^log_steps steps per power of 2.
+// Constants of exp2 for T: 2^f = 1 + f * p(f), and steps = 2^log_steps.
 struct Exp2WithTable {  // p is minimax, of degree 2; relative error of 2^f 2.5e-8
   static constexpr int log_steps = 3;
   static constexpr float p[] = {0x1.62e432p-1f, 0x1.ec0c32p-3f, 0x1.c6a002p-5f};
-  // The bits of 2^(k / steps) less k << (mantissa_bits - log_steps), twice: lookup() reads a register of 8 or 16.
+  // The bits of 2^(k / steps) less k << (mantissa_bits - log_steps), twice: a register has 8 or 16 of them.
   alignas(64) static constexpr int32_t step_bits[] = {
       0x3f800000, 0x3f7b95c2, 0x3f7837f0, 0x3f75fed7, 0x3f7504f3, 0x3f75672a, 0x3f7744fd, 0x3f7ac0c7,
       0x3f800000, 0x3f7b95c2, 0x3f7837f0, 0x3f75fed7, 0x3f7504f3, 0x3f75672a, 0x3f7744fd, 0x3f7ac0c7};
@@ -45,25 +45,23 @@ struct Exp2<double> {  // p is Taylor's, of degree 12; relative error of 2^f 4e-
   static constexpr double lowest_exponent = -1023.0;
 };
 
-// The bits of 2^(n / steps) less those that n << (mantissa_bits - log_steps) adds.
+// The bits of 2^(n / steps) less n << (mantissa_bits - log_steps).
 template <class T>
 inline Bits<T> step_bits(Bits<T> n) {
   using E = Exp2<T>;
   if constexpr (E::log_steps > 0)
     return lookup(E::step_bits, n);
   else
-    return Bits<T>{} + (Integer<T>(std::numeric_limits<T>::max_exponent - 1) << E::mantissa_bits);  // of 1
+    return Bits<T>{} + (Integer<T>(std::numeric_limits<T>::max_exponent - 1) << E::mantissa_bits);  // bits of 1
 }
 
 // result[i] = 2^(d[i] * c), for N vectors.
 //
 // Lane types: float, double.
 // Range:      d <= 0, c > 0. Exactly 0 where d * c is below -126 (double: -1022.5), NaN for NaN.
-// Max error:  beside the rounding of c, 1.5 ULP (double: 2 ULP) where fma() is fused, and |d * c| ULP more where
-// it
-//             is not.
+// Max error:  1.5 ULP (double: 2 ULP) beside the rounding of c. Without a fused fma(), |d * c| ULP more.
 // Arguments:  lowest is Exp2<T>::lowest_exponent / c, computed once by the caller.
-// Method:     with d * c = n / steps + f, the result is 2^(n / steps) * 2^f. Adding 1.5 * 2^mantissa_bits / steps
+// Method:     With d * c = n / steps + f, the result is 2^(n / steps) * 2^f. Adding 1.5 * 2^mantissa_bits / steps
 //             leaves n in the low bits of the sum. f, in [-1/2, 1/2] / steps, comes from one fma, so that the
 //             product is not rounded. The N polynomials advance together: each is a chain of dependent
 //             instructions, and a CPU's scheduler overlaps only a few chains.
@@ -91,10 +89,9 @@ inline void exp2(const Vec<T> (&d)[N], Vec<T> c, Vec<T> lowest, Vec<T> (&result)
 // Lane types: float, double.
 // Range:      normal numbers > 0. Exactly 0 at 1, NaN for NaN.
 // Max error:  1 ULP (double: that of libm).
-// Method:     float: x = 2^n (1 + f) with 1 + f in [sqrt(1/2), sqrt(2)], and log(1 + f) = f - f^2 / 2 + f^3 p(f),
-// p
-//             minimax of degree 6, relative error 3.5e-8. n log(2) is added in two parts. double: libm, lane by
-//             lane.
+// Method:     float: x = 2^n (1 + f) with 1 + f in [sqrt(1/2), sqrt(2)]; log(1 + f) = f - f^2 / 2 + f^3 p(f), p
+//             minimax of degree 6, relative error 3.5e-8; n log(2) is added in two parts.
+//             double: libm, lane by lane.
 inline Vec<float> log(Vec<float> x) {
   constexpr float p[] = {0x1.5556d8p-2f, -0x1.000382p-2f, 0x1.98d7f2p-3f, -0x1.53824ap-3f,
                          0x1.317458p-3f, -0x1.2432b8p-3f, 0x1.645eap-4f};

@@ -1,4 +1,4 @@
-// Vectors in step.
+// Pack: several vectors in one expression.
 #pragma once
 
 #include <limits>
@@ -8,8 +8,8 @@
 namespace pydistill::PYDISTILL_ISA {
 namespace {
 
-// Vectors in step. An expression of one vector is a chain of dependent instructions, longer than what a CPU looks
-// ahead.
+// N vectors, with the operations of Vec. An expression of one vector is a chain of dependent instructions, longer
+// than the window within which a CPU finds independent ones; N chains overlap.
 template <int N, class T>
 struct Pack {
   Vec<T> v[N];
@@ -68,7 +68,7 @@ template <int N, class T>
 inline Pack<N, T> log(const Pack<N, T>& a) {
   return each([](auto x) { return log(x); }, a);
 }
-// A number in every lane of what `like` is.
+// A Pack like `like`, with x in every lane.
 template <int N, class T>
 inline Pack<N, T> constant(double x, const Pack<N, T>& like) {
   return each([x](auto) { return set<T>(T(x)); }, like);

@@ -1,4 +1,4 @@
-// Rows over threads. The number comes from torch; one thread means no parallel region at all.
+// Distributes rows over the threads of OpenMP, whose number comes from torch. One thread needs no parallel region.
 #pragma once
 
 #include <algorithm>
@@ -19,7 +19,7 @@
 
 namespace pydistill {
 
-// A forked child inherits the thread pool's bookkeeping but not its threads: using the pool there hangs.
+// A forked child inherits the thread pool's bookkeeping but not its threads: it would hang if it used the pool.
 inline bool& in_forked_child() {
   static bool forked = false;
   return forked;
@@ -40,19 +40,19 @@ inline int usable_threads(int threads) {
 #endif
 }
 
-// How many shares the rows are cut into, one thread each.
+// The number of shares that the rows are divided into, one per thread.
 inline int row_shares(int64_t rows, int64_t elements, int threads) {
   constexpr int64_t elements_per_thread = 32768;  // below that, waking a thread costs more than it saves
   const int64_t useful = std::min(rows, elements / elements_per_thread);
   return int(std::min<int64_t>(usable_threads(threads), std::max<int64_t>(1, useful)));
 }
 
-// Throws std::bad_alloc where there is no memory to start `threads` threads: libgomp would end the process.
+// Throws std::bad_alloc if there is no memory to start `threads` threads; libgomp would end the process.
 inline void check_memory_for_threads(int threads) {
 #if defined(_OPENMP) && defined(__linux__)
   thread_local int started = 1;  // the pool belongs to the calling thread, and shrinks with a smaller team
   if (threads > started) {
-    constexpr size_t bookkeeping = size_t(64) << 10;  // freed at once, and then there for libgomp to allocate
+    constexpr size_t bookkeeping = size_t(64) << 10;  // freed at once, so that libgomp can allocate it
     const std::unique_ptr<char[]> small(new char[bookkeeping]);
     size_t stack = 0;
     pthread_attr_t attributes;
@@ -70,8 +70,8 @@ inline void check_memory_for_threads(int threads) {
 #endif
 }
 
-// f(share, begin, end) on contiguous shares of [0, rows). f must not throw: an exception that leaves a parallel
-// region ends the process.
+// Calls f(share, begin, end) for contiguous shares of [0, rows). f must not throw: an exception that leaves a
+// parallel region ends the process.
 template <class F>
 void for_row_shares(int64_t rows, int shares, F f) {
   if (shares == 1) return f(0, int64_t(0), rows);

@@ -1,17 +1,24 @@
-// The row kernel. Compiled once per ISA, each into a namespace of its own (PYDISTILL_ISA).
+// RowKernel: the loss of one row after another, with its gradient. Compiled once per ISA, in a namespace of its
+// own (PYDISTILL_ISA).
 //
-// What it claims, for a row of C classes: one read of the student's and the teacher's logits from memory, one
-// write of the gradient; the exponentials are computed once, against the running maximum, and wait in a scratch
-// row (L2) for the row's sums. forward_kl needs no more than that. The other divergences look at the row once
-// more, in cache, for log p and log q. With a top-k teacher, and for dkd, some classes stand apart: listed.hpp.
+// The kernel reads the logits of a row from memory once and writes its gradient once. The steps:
+// - scan.hpp: the exponentials, relative to the running maximum, and their sums. The exponentials are kept in
+//   scratch memory (L2). forward_kl and dkd need no further pass.
+// - second_pass.hpp: the other divergences, class by class, from the probabilities that the sums now give; and
+// mse.
+// - listed.hpp: the classes that the scan leaves out, which are those of a top-k teacher, or dkd's label.
+// - gradient.hpp: combines the scratch arrays into the gradient.
+// - kernels.cpp: the order of the steps, the cross-entropy and the metrics.
 //
-// NaN: a logit of NaN or +inf, or a row of -inf only, makes the sums NaN and with them the row, as in torch.
+// A logit of NaN or +inf, or a row of -inf only, makes the sums NaN, and with them the row, as in torch.
 #pragma once
 
 #include <algorithm>
 #include <limits>
 #include <memory>
+#include <numbers>
 #include <numeric>
+#include <optional>
 #include <span>
 
 #include "convert.hpp"
@@ -22,58 +29,79 @@
 namespace pydistill::PYDISTILL_ISA {
 namespace {
 
-constexpr double kLog2e = 1.4426950408889634;
+// How the soft term of a row is computed.
+enum class SoftTerm { none, forward_kl, pointwise, mse, topk, dkd };
 
-// How exp(s), needed by cross-entropy, comes from exp(s / T), needed by the soft term.
-enum class HardExp { none, same, square, fourth, own };
-
-template <HardExp H, class T>
-inline Vec<T> power(Vec<T> e) {
-  if constexpr (H == HardExp::same) return e;
-  const Vec<T> square = e * e;
-  if constexpr (H == HardExp::square) return square;
-  return square * square;
+inline SoftTerm soft_term_of(const RowBatch& batch) {
+  if (!batch.evaluates_soft()) return SoftTerm::none;
+  if (batch.options.divergence == Divergence::mse) return SoftTerm::mse;
+  if (batch.options.divergence == Divergence::dkd) return SoftTerm::dkd;
+  if (batch.teacher_indices) return SoftTerm::topk;
+  return batch.options.divergence == Divergence::forward_kl ? SoftTerm::forward_kl : SoftTerm::pointwise;
 }
 
-// What exp2 needs: c = log2(e) / T, and the argument below which the result is 0.
+// mse compares the logits as they are.
+inline bool is_tempered(SoftTerm term) { return term != SoftTerm::none && term != SoftTerm::mse; }
+
+// How the cross-entropy gets exp(s) from the soft term's exp(s / T): not at all, as it is, by squaring it once or
+// twice, or by an exponential of its own.
+enum class HardExp { none, same, square, fourth, own };
+
+inline HardExp hard_exp_of(bool tempered, bool hard, double temperature) {
+  if (!hard) return HardExp::none;
+  if (!tempered || temperature == 1) return HardExp::same;
+  return temperature == 2 ? HardExp::square : temperature == 4 ? HardExp::fourth : HardExp::own;
+}
+
+// The base of exp(x / T), as exp2 takes it: c = log2(e) / T, and the x below which the result is 0.
 template <class T>
-struct Base {
-  explicit Base(double temperature)
-      : c(set<T>(T(1.4426950408889634 / temperature))),
-        lowest(set<T>(T(Exp2<T>::lowest_exponent * temperature * 0.6931471805599453))) {}
+struct ExpBase {
+  explicit ExpBase(double temperature)
+      : c(set<T>(T(std::numbers::log2e / temperature))),
+        lowest(set<T>(T(Exp2<T>::lowest_exponent * temperature * std::numbers::ln2))) {}
   Vec<T> c, lowest;
 };
 
-// Sums over one block or, rescaled, over a row so far: of exp((s - max) / T), of exp((t - max) / T), of the
-// latter times the difference of the shifted logits, and of exp(s - max).
+// Sums over one block or, rescaled to one maximum, over the blocks so far.
 struct Sums {
-  double student = 0, teacher = 0, cross = 0, hard = 0;
+  double student = 0;  // exp((s - max) / T)
+  double teacher = 0;  // exp((t - max) / T)
+  double cross = 0;    // exp((t - max) / T) times the difference of the shifted logits, teacher - student
+  double hard = 0;     // exp(s - max)
 };
 
-template <class T>
-struct Scratch {
-  T* student;  // exp((s - max) / T)
-  T* teacher;  // exp((t - max) / T); later h of a divergence that needs a second pass
-  T* hard;     // exp(s - max), where it is not a power of the first
-};
-
+// Value and sum of h of a pointwise divergence (divergences.hpp).
 struct PointSums {
   double value = 0, h = 0;
 };
 
-// How the soft term of a row is computed.
-enum class Kind { none, shortcut, pointwise, mse, topk, dkd };
+// Arrays of a row, kept between the scan and the gradient.
+template <class T>
+struct Scratch {
+  T* student_exp;  // exp((s - max) / T)
+  T* teacher_exp;  // exp((t - max) / T)
+  T* hard_exp;     // exp(s - max), where it is not a power of student_exp
 
-inline Kind kind_of(const RowBatch& batch) {
-  if (!batch.evaluates_soft()) return Kind::none;
-  if (batch.options.divergence == Divergence::mse) return Kind::mse;
-  if (batch.options.divergence == Divergence::dkd) return Kind::dkd;
-  if (batch.teacher_indices) return Kind::topk;
-  return batch.options.divergence == Divergence::forward_kl ? Kind::shortcut : Kind::pointwise;
-}
+  // h, up to a factor. For forward_kl and dkd that is teacher_exp, as h = -p; the second pass writes h, or the
+  // difference s - t for mse, over teacher_exp.
+  T* derivative() const { return teacher_exp; }
+};
 
-// Arrays, one behind the other, in memory that was allocated before. Without memory it only adds up how much they
-// take.
+// Factors by which the gradient combines the scratch arrays.
+struct Factors {
+  double student_exp = 0, derivative = 0, hard_exp = 0;
+};
+
+// gradient_j = student_exp * student_exp_j + derivative * derivative_j + hard_exp * exp(s_j - max) + constant
+//              - smooth * class_weight_j, for the classes j of one block
+template <class T>
+struct BlockFactors {
+  T student_exp, derivative, hard_exp, constant, smooth;
+  const T* class_weight;  // of this block; null where smooth is folded into constant
+};
+
+// Arrays, one after the other, in one block of memory that the caller allocated. Constructed with a null pointer,
+// it only adds up the size of that block.
 class Arena {
  public:
   explicit Arena(char* memory) : memory_(memory) {}
@@ -99,120 +127,134 @@ class RowKernel {
   RowOutcome run(int64_t row, const RowPlan& plan);
 
  private:
-  static constexpr int block = kBlock<T>;
-
-  struct Running {
+  struct Maxima {
     T student = std::numeric_limits<T>::lowest(), teacher = std::numeric_limits<T>::lowest();
   };
+  // What the scan found. Sums and maxima are those of the classes that it did not leave out.
   struct RowState {
     Sums sums;
-    Running max;
-    int64_t student_block = 0, teacher_block = 0;           // where the maxima are
-    double whole_max = 0, whole_sum = 0;                    // of exp(s - whole_max), over all classes
-    bool student_ordered = false, teacher_ordered = false;  // whether there is a maximum: no NaN, not all -inf
+    Maxima max;
+    int64_t student_max_block = 0, teacher_max_block = 0;  // first class of the block with the maximum
+    double full_max = 0, full_sum = 0;                     // of the student at T = 1, over all classes
+    bool student_valid = false, teacher_valid = false;     // no NaN, no +inf, not -inf only
   };
-  // What the gradient has of what waits in scratch: of exp((s - max) / T), of the third array, of exp(s - max).
-  struct Factors {
-    double student = 0, third = 0, hard = 0;
-  };
-  // A class that stands apart from the sums over a row.
-  struct Apart {
+  // A class that the scan leaves out: one that a top-k teacher lists, or dkd's label.
+  struct ListedClass {
     int64_t index;
-    T student, teacher;
-    double gradient;  // of the soft term
-    double hard = 0;  // exp(student - whole_max)
+    T student, teacher;   // logits
+    double gradient;      // of the soft term
+    double hard_exp = 0;  // exp(student - full_max)
+  };
+  // The gradient of the cross-entropy by a logit: scale * (total * softmax - uniform * class_weight), minus onehot
+  // at the label.
+  struct HardGradient {
+    bool present = false, weighted_smoothing = false;
+    double scale = 0, total = 0, uniform = 0, onehot = 0;
   };
 
-  const T* read(const Matrix& m, int64_t row, int64_t begin, int n, T* buffer) const;
+  // scan.hpp
   RowState scan(int64_t row);
-  template <HardExp H, bool kSoft>
-  Sums scan_block(const T* s, const T* t, int64_t begin, int n, const Running& max, int64_t row);
-  using ScanBlock = Sums (RowKernel::*)(const T*, const T*, int64_t, int, const Running&, int64_t);
-  template <bool kSoft>
-  static ScanBlock scan_block_for(HardExp hard);
-  void fetch_gradient(int64_t row, int64_t begin, int n) const;
-  void rescale(RowState& state, const Running& max) const;
-  PointSums second_pass(int64_t row, const RowState& state);
-  double difference_pass(int64_t row, RowState& state);
-  void set_apart(int64_t row, const RowPlan& plan);
-  RowState scan_without_apart(int64_t row, const RowPlan& plan);
-  void add_apart(RowState& state);
-  const T* without(std::span<Apart> apart, const T* x, int64_t begin, int n, T* to, T Apart::* logit) const;
+  template <HardExp H, bool kTeacher>
+  Sums scan_block(const T* s, const T* t, int64_t begin, int n, const Maxima& max, int64_t row);
+  using ScanBlock = Sums (RowKernel::*)(const T*, const T*, int64_t, int, const Maxima&, int64_t);
+  template <bool kTeacher>
+  static ScanBlock scan_block_for(HardExp hard_exp);
+  void prefetch_gradient(int64_t row, int64_t begin, int n) const;
+  void rescale(RowState& state, const Maxima& max) const;
+
+  // second_pass.hpp
+  PointSums pointwise_pass(int64_t row, const RowState& state);
+  double mse_pass(int64_t row, RowState& state);
+
+  // listed.hpp
+  void list_classes(int64_t row, const RowPlan& plan);
+  const T* mask_listed(std::span<ListedClass> listed, const T* x, int64_t begin, int n, T* to,
+                       T ListedClass::* logit) const;
+  RowState scan_unlisted(int64_t row, const RowPlan& plan);
+  void add_listed(RowState& state);
+  template <class D>
+  PointSums pointwise_listed(int count);
+  std::optional<double> topk_probabilities(int64_t row, RowState& state);
   double topk_term(int64_t row, double scale, RowState& state, Factors& factors);
   double dkd_term(double scale, RowState& state, Factors& factors);
-  template <class D>
-  PointSums outcomes(int count);
+
+  // gradient.hpp
+  void write_row(int64_t row, const RowPlan& plan, const RowState& state, double h_sum, Factors factors);
+  HardGradient hard_gradient(const RowPlan& plan) const;
+  void combine(const Scratch<T>& in, int n, const BlockFactors<T>& by, bool past_cache, T* out) const;
+  double gradient_of(const ListedClass& listed, const HardGradient& hard, const RowPlan& plan,
+                     const RowState& state) const;
+
+  // kernels.cpp
   double cross_entropy(int64_t row, const RowPlan& plan, const RowState& state);
-  void write(int64_t row, const RowPlan& plan, const RowState& state, double h_sum, Factors factors);
-  void compare_argmax(int64_t row, const RowPlan& plan, const RowState& state, RowOutcome& outcome);
   int64_t argmax(const Matrix& m, int64_t row, int64_t begin, T max);
+  void compare_argmax(int64_t row, const RowPlan& plan, const RowState& state, RowOutcome& outcome);
+
+  const T* read(const Matrix& m, int64_t row, int64_t begin, int n, T* buffer) const;
   Scratch<T> scratch_at(int64_t begin) const {
-    return {scratch_.student + begin, scratch_.teacher + begin, scratch_.hard + begin};
+    return {scratch_.student_exp + begin, scratch_.teacher_exp + begin, scratch_.hard_exp + begin};
   }
-  int count(int64_t begin) const { return int(std::min<int64_t>(block, batch_.classes - begin)); }
+  int block_size(int64_t begin) const { return int(std::min<int64_t>(kBlock<T>, batch_.classes - begin)); }
 
   const RowBatch& batch_;
   const LossOptions& options_;
   const T* class_weight_;
   double class_weight_sum_ = 0;
-  Kind kind_;
-  bool soft_, hard_, write_;
-  bool in_place_;      // the gradient goes over the student's logits
-  bool past_cache_;    // the gradient is written past the caches; in place the row is in one still
-  bool scan_teacher_;  // the teacher has a value for every class, to be exponentiated
-  bool third_;         // the gradient has something of scratch_.teacher
-  bool keep_;
+  SoftTerm soft_term_;
+  bool has_hard_;  // the loss has a cross-entropy
+  bool want_gradient_;
+  bool in_place_;        // the gradient is written over the student's logits
+  bool past_cache_;      // the gradient is written past the caches; in place its lines are in a cache already
+  bool scan_teacher_;    // the teacher has a logit for every class, to be exponentiated
+  bool has_derivative_;  // the gradient reads Scratch::derivative()
+  bool keep_exps_;       // the scan stores its exponentials
   HardExp hard_exp_;
   ScanBlock scan_block_;
   double temperature_;
-  Base<T> soft_base_, hard_base_;
+  ExpBase<T> soft_base_, hard_base_;
   Scratch<T> scratch_;
-  T *student_block_, *teacher_block_, *out_block_;
-  Running* block_max_;
-  std::span<Apart> apart_;       // of the row at hand, by index
-  T mask_ = 0;                   // what stands for them in a scan; its exponential is 0
-  T *p_, *q_, *log_ratio_, *h_;  // of the classes apart, and of the rest as one more outcome
+  T *student_buffer_, *teacher_buffer_, *gradient_buffer_;  // blocks in the compute type
+  Maxima* block_max_;                                       // the running maxima after each block
+  std::span<ListedClass> listed_;                           // of the current row, by index
+  T mask_ = 0;                   // logit that the scan sees for a listed class; its exponential is 0
+  T *p_, *q_, *log_ratio_, *h_;  // of the listed classes, and of all others as one more
 };
-
-HardExp how_to_exponentiate(bool soft, bool hard, double temperature) {
-  if (!hard) return HardExp::none;
-  if (!soft || temperature == 1) return HardExp::same;
-  return temperature == 2 ? HardExp::square : temperature == 4 ? HardExp::fourth : HardExp::own;
-}
 
 template <class T>
 RowKernel<T>::RowKernel(const RowBatch& batch, bool past_cache, Arena& arena)
     : batch_(batch),
       options_(batch.options),
       class_weight_(static_cast<const T*>(batch.class_weight)),
-      kind_(kind_of(batch)),
-      soft_(kind_ != Kind::none),
-      hard_(batch.evaluates_hard()),
-      write_(batch.gradient.data != nullptr),
-      in_place_(write_ && batch.gradient.data == batch.student.data),
+      soft_term_(soft_term_of(batch)),
+      has_hard_(batch.evaluates_hard()),
+      want_gradient_(batch.gradient.data != nullptr),
+      in_place_(want_gradient_ && batch.gradient.data == batch.student.data),
       past_cache_(past_cache && !in_place_),
-      scan_teacher_(kind_ == Kind::shortcut || kind_ == Kind::pointwise || kind_ == Kind::dkd),
-      third_(scan_teacher_ || kind_ == Kind::mse),
-      hard_exp_(how_to_exponentiate(soft_ && kind_ != Kind::mse, hard_, batch.options.temperature)),
+      scan_teacher_(soft_term_ == SoftTerm::forward_kl || soft_term_ == SoftTerm::pointwise ||
+                    soft_term_ == SoftTerm::dkd),
+      has_derivative_(scan_teacher_ || soft_term_ == SoftTerm::mse),
+      keep_exps_(want_gradient_ || soft_term_ == SoftTerm::pointwise),
+      hard_exp_(hard_exp_of(is_tempered(soft_term_), has_hard_, batch.options.temperature)),
       scan_block_(scan_teacher_ ? scan_block_for<true>(hard_exp_) : scan_block_for<false>(hard_exp_)),
-      temperature_(soft_ && kind_ != Kind::mse ? batch.options.temperature : 1),
+      temperature_(is_tempered(soft_term_) ? batch.options.temperature : 1),
       soft_base_(temperature_),
       hard_base_(1) {
-  keep_ = write_ || kind_ == Kind::pointwise;
-  // Rows end in whole pairs of vectors; a small row is a small allocation, which a small batch notices.
-  const int64_t blocks = (batch.classes + block - 1) / block;
+  // Rows end in whole pairs of vectors. Small rows take little memory: a small batch notices what it allocates.
+  const int64_t blocks = (batch.classes + kBlock<T> - 1) / kBlock<T>;
   const int64_t padded = (batch.classes + 2 * kLanes<T> - 1) / (2 * kLanes<T>)*(2 * kLanes<T>);
-  const int64_t row = keep_ ? padded : 0, one_block = std::min<int64_t>(block, padded);
-  const int64_t apart = kind_ == Kind::topk ? batch.teacher_classes : kind_ == Kind::dkd ? 1 : 0;
-  const int64_t outcomes = (apart + 2 * kLanes<T>) / kLanes<T> * kLanes<T>;  // the rest too, in whole vectors
+  const int64_t row = keep_exps_ ? padded : 0, one_block = std::min<int64_t>(kBlock<T>, padded);
+  const int64_t listed = soft_term_ == SoftTerm::topk  ? batch.teacher_classes
+                         : soft_term_ == SoftTerm::dkd ? 1
+                                                       : 0;
+  const int64_t with_rest = (listed + 2 * kLanes<T>) / kLanes<T> * kLanes<T>;  // in whole vectors
   scratch_ = {arena.take<T>(row), arena.take<T>(row), arena.take<T>(row)};
-  for (T** x : {&student_block_, &teacher_block_, &out_block_}) *x = arena.take<T>(one_block);
-  for (T** x : {&p_, &q_, &log_ratio_, &h_}) *x = arena.take<T>(outcomes);
-  block_max_ = arena.take<Running>(blocks);
-  apart_ = {arena.take<Apart>(apart), arena.measures() ? 0 : size_t(apart)};
-  std::uninitialized_value_construct(apart_.begin(), apart_.end());
+  for (T** x : {&student_buffer_, &teacher_buffer_, &gradient_buffer_}) *x = arena.take<T>(one_block);
+  for (T** x : {&p_, &q_, &log_ratio_, &h_}) *x = arena.take<T>(with_rest);
+  block_max_ = arena.take<Maxima>(blocks);
+  listed_ = {arena.take<ListedClass>(listed), arena.measures() ? 0 : size_t(listed)};
+  std::uninitialized_value_construct(listed_.begin(), listed_.end());
   class_weight_sum_ = double(batch.classes);
-  if (class_weight_ && options_.label_smoothing > 0)  // nothing else asks for it
+  if (class_weight_ && options_.label_smoothing > 0)  // only label smoothing needs the sum
     class_weight_sum_ = std::accumulate(class_weight_, class_weight_ + batch.classes, 0.0);
 }
 
@@ -220,7 +262,7 @@ RowKernel<T>::RowKernel(const RowBatch& batch, bool past_cache, Arena& arena)
 template <class T>
 const T* RowKernel<T>::read(const Matrix& m, int64_t row, int64_t begin, int n, T* buffer) const {
   const char* from = m.at(row, begin);
-  if (m.dtype == (sizeof(T) == 8 ? DType::float64 : DType::float32)) return reinterpret_cast<const T*>(from);
+  if (m.dtype == kComputeDType<T>) return reinterpret_cast<const T*>(from);
   read_block(from, m.dtype, n, buffer);
   return buffer;
 }

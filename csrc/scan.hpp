@@ -1,5 +1,7 @@
-// The first pass over a row.
+// The first pass over a row: maxima, exponentials and their sums, block by block.
 #pragma once
+
+#include <utility>
 
 #include "row_kernel.hpp"
 
@@ -15,14 +17,17 @@ inline T block_maximum(const T* x, int n, T start) {
   return maximum(max(a[0], a[1]));
 }
 
-// One pass over a block that is in L1. `ahead_*` point at memory that will be needed a block from now.
-// kMasked keeps 0 * inf out of the cross sum; it is only needed where a logit is -inf.
-template <class T, HardExp H, bool kSoft, bool kKeep, bool kMasked>
-inline Sums exponentials(const T* s, const T* t, int n, T student_max, T teacher_max, const Base<T>& soft,
-                         const Base<T>& hard, const Scratch<T>& out, const char* ahead_s, int64_t step_s,
+// The exponentials of a block that is in L1, and their sums.
+//
+// kTeacher: the teacher is exponentiated too. kKeep: the exponentials are stored in `out`. kMasked: 0 * inf is
+// kept out of the cross sum, which is needed only if a logit is -inf. `ahead_s` and `ahead_t` point at the memory
+// that will be needed one block later; step_s and step_t are the bytes of its elements.
+template <class T, HardExp H, bool kTeacher, bool kKeep, bool kMasked>
+inline Sums exponentials(const T* s, const T* t, int n, T student_max, T teacher_max, const ExpBase<T>& soft,
+                         const ExpBase<T>& hard, const Scratch<T>& out, const char* ahead_s, int64_t step_s,
                          const char* ahead_t, int64_t step_t) {
   const Vec<T> ms = set<T>(student_max), mt = set<T>(teacher_max), soft_c = soft.c, soft_lowest = soft.lowest;
-  constexpr int at_once = kSoft ? 2 : 4;  // four chains of dependent instructions in either case
+  constexpr int at_once = kTeacher ? 2 : 4;  // four chains of dependent instructions in either case
   Vec<T> student[at_once], hard_sum[at_once], teacher[2] = {set<T>(0), set<T>(0)},
                                               cross[2] = {set<T>(0), set<T>(0)};
   for (int i = 0; i < at_once; ++i) student[i] = hard_sum[i] = set<T>(0);
@@ -31,31 +36,31 @@ inline Sums exponentials(const T* s, const T* t, int n, T student_max, T teacher
     const bool tail = k != lanes;
     prefetch(ahead_s + j * step_s);
     if constexpr (w * kVecBytes > 64) prefetch(ahead_s + (j + w / 2 * lanes) * step_s);
-    if constexpr (kSoft) prefetch(ahead_t + j * step_t);
-    Vec<T> shifted[kSoft ? 2 * w : w], e[kSoft ? 2 * w : w];  // the student's, then the teacher's
+    if constexpr (kTeacher) prefetch(ahead_t + j * step_t);
+    Vec<T> shifted[kTeacher ? 2 * w : w], e[kTeacher ? 2 * w : w];  // the student's, then the teacher's
     for (int i = 0; i < w; ++i) shifted[i] = load(s + j + i * lanes, k) - ms;
-    if constexpr (kSoft)
+    if constexpr (kTeacher)
       for (int i = 0; i < w; ++i) shifted[w + i] = load(t + j + i * lanes, k) - mt;
-    Vec<T> difference[w];  // now: later the shifted logits would wait on the stack
-    if constexpr (kSoft)
+    Vec<T> difference[w];  // computed here: after exp2 the shifted logits would have to be spilled to the stack
+    if constexpr (kTeacher)
       for (int i = 0; i < w; ++i) difference[i] = shifted[w + i] - shifted[i];
     exp2(shifted, soft_c, soft_lowest, e);
     for (int i = 0; i < w; ++i) {
       if (tail) e[i] = first(e[i], k);
       student[i] = student[i] + e[i];
-      if constexpr (kKeep) store(out.student + j + i * lanes, e[i]);
+      if constexpr (kKeep) store(out.student_exp + j + i * lanes, e[i]);
       if constexpr (H == HardExp::square || H == HardExp::fourth) {
         const Vec<T> root = H == HardExp::square ? e[i] : e[i] * e[i];
         hard_sum[i] = fma(root, root, hard_sum[i]);
       }
     }
-    if constexpr (kSoft)
+    if constexpr (kTeacher)
       for (int i = 0; i < w; ++i) {
         Vec<T> f = e[w + i], d = difference[i];
         if (tail) f = first(f, k), d = first(d, k);
         teacher[i] = teacher[i] + f;
         cross[i] = kMasked ? cross[i] + times(f, d) : fma(f, d, cross[i]);
-        if constexpr (kKeep) store(out.teacher + j + i * lanes, f);
+        if constexpr (kKeep) store(out.teacher_exp + j + i * lanes, f);
       }
     if constexpr (H == HardExp::own) {
       Vec<T> g[w], x[w];
@@ -64,7 +69,7 @@ inline Sums exponentials(const T* s, const T* t, int n, T student_max, T teacher
       for (int i = 0; i < w; ++i) {
         if (tail) g[i] = first(g[i], k);
         hard_sum[i] = hard_sum[i] + g[i];
-        if constexpr (kKeep) store(out.hard + j + i * lanes, g[i]);
+        if constexpr (kKeep) store(out.hard_exp + j + i * lanes, g[i]);
       }
     }
   });
@@ -76,63 +81,64 @@ inline Sums exponentials(const T* s, const T* t, int n, T student_max, T teacher
   return r;
 }
 
-// Lines that the gradient will fill arrive while the block is being exponentiated.
+// The cache lines that the gradient will fill are fetched while the block is being exponentiated.
 template <class T>
-void RowKernel<T>::fetch_gradient(int64_t row, int64_t begin, int n) const {
+void RowKernel<T>::prefetch_gradient(int64_t row, int64_t begin, int n) const {
   const char* end = batch_.gradient.at(row, begin + n);
   for (const char* p = batch_.gradient.at(row, begin); p < end; p += 64) prefetch_to_write(p);
 }
 
-// The sums refer to the maxima so far; let them refer to new ones. Equal rows rise together: their cross sum stays
-// 0.
+// Makes the sums so far refer to new maxima. If student and teacher are equal their maxima rise together, and the
+// cross sum stays 0.
 template <class T>
-void RowKernel<T>::rescale(RowState& state, const Running& max) const {
+void RowKernel<T>::rescale(RowState& state, const Maxima& max) const {
   Sums& sums = state.sums;
   const double student_rise = double(max.student) - double(state.max.student);
   const double teacher_rise = double(max.teacher) - double(state.max.teacher);
   if (student_rise > 0 || teacher_rise > 0) {
-    const double factor = std::exp2(-teacher_rise * kLog2e / temperature_);
+    const double factor = std::exp2(-teacher_rise * std::numbers::log2e / temperature_);
     sums.cross = factor == 0 ? 0 : factor * (sums.cross + sums.teacher * (student_rise - teacher_rise));
     sums.teacher *= factor;
-    sums.student *= std::exp2(-student_rise * kLog2e / temperature_);
-    sums.hard *= std::exp2(-student_rise * kLog2e);
+    sums.student *= std::exp2(-student_rise * std::numbers::log2e / temperature_);
+    sums.hard *= std::exp2(-student_rise * std::numbers::log2e);
   }
   state.max = max;
 }
 
 template <class T>
-template <HardExp H, bool kSoft>
-Sums RowKernel<T>::scan_block(const T* s, const T* t, int64_t begin, int n, const Running& max, int64_t row) {
-  const bool last = begin + block >= batch_.classes;
-  const int64_t next_row = last ? row + 1 : row, next_begin = last ? 0 : begin + block;
+template <HardExp H, bool kTeacher>
+Sums RowKernel<T>::scan_block(const T* s, const T* t, int64_t begin, int n, const Maxima& max, int64_t row) {
+  const bool last = begin + kBlock<T> >= batch_.classes;
+  const int64_t next_row = last ? row + 1 : row, next_begin = last ? 0 : begin + kBlock<T>;
   const auto pass = [&]<bool kKeep, bool kMasked>() {
-    return exponentials<T, H, kSoft, kKeep, kMasked>(
+    return exponentials<T, H, kTeacher, kKeep, kMasked>(
         s, t, n, max.student, max.teacher, soft_base_, hard_base_, scratch_at(begin),
         batch_.student.at(next_row, next_begin), size_of(batch_.student.dtype),
-        kSoft ? batch_.teacher.at(next_row, next_begin) : nullptr, size_of(batch_.teacher.dtype));
+        kTeacher ? batch_.teacher.at(next_row, next_begin) : nullptr, size_of(batch_.teacher.dtype));
   };
-  Sums sums = keep_ ? pass.template operator()<true, false>() : pass.template operator()<false, false>();
-  // An infinite or NaN cross sum: perhaps 0 * inf at a masked class.
-  if (kSoft && !std::isfinite(sums.cross))
-    sums.cross = (keep_ ? pass.template operator()<true, true>() : pass.template operator()<false, true>()).cross;
+  Sums sums = keep_exps_ ? pass.template operator()<true, false>() : pass.template operator()<false, false>();
+  // An infinite or NaN cross sum may be the 0 * inf of a masked class.
+  if (kTeacher && !std::isfinite(sums.cross))
+    sums.cross =
+        (keep_exps_ ? pass.template operator()<true, true>() : pass.template operator()<false, true>()).cross;
   return sums;
 }
 
-// Chosen once: a choice among ten inlined passes costs a small row more than the pass.
+// Chosen once per kernel: for a small row the choice among ten inlined passes would cost more than the pass.
 template <class T>
-template <bool kSoft>
-typename RowKernel<T>::ScanBlock RowKernel<T>::scan_block_for(HardExp hard) {
-  switch (hard) {
+template <bool kTeacher>
+typename RowKernel<T>::ScanBlock RowKernel<T>::scan_block_for(HardExp hard_exp) {
+  switch (hard_exp) {
     case HardExp::none:
-      return &RowKernel::scan_block<HardExp::none, kSoft>;
+      return &RowKernel::scan_block<HardExp::none, kTeacher>;
     case HardExp::same:
-      return &RowKernel::scan_block<HardExp::same, kSoft>;
+      return &RowKernel::scan_block<HardExp::same, kTeacher>;
     case HardExp::square:
-      return &RowKernel::scan_block<HardExp::square, kSoft>;
+      return &RowKernel::scan_block<HardExp::square, kTeacher>;
     case HardExp::fourth:
-      return &RowKernel::scan_block<HardExp::fourth, kSoft>;
+      return &RowKernel::scan_block<HardExp::fourth, kTeacher>;
     case HardExp::own:
-      return &RowKernel::scan_block<HardExp::own, kSoft>;
+      return &RowKernel::scan_block<HardExp::own, kTeacher>;
   }
   return nullptr;
 }
@@ -140,36 +146,36 @@ typename RowKernel<T>::ScanBlock RowKernel<T>::scan_block_for(HardExp hard) {
 template <class T>
 typename RowKernel<T>::RowState RowKernel<T>::scan(int64_t row) {
   RowState state;
-  size_t next_apart = 0;
-  for (int64_t begin = 0, b = 0; begin < batch_.classes; begin += block, ++b) {
-    const int n = count(begin);
-    const T *s = read(batch_.student, row, begin, n, student_block_), *t = nullptr;
-    if (scan_teacher_) t = read(batch_.teacher, row, begin, n, teacher_block_);
-    const size_t first_apart = next_apart;
-    while (next_apart < apart_.size() && apart_[next_apart].index < begin + n) ++next_apart;
-    const std::span<Apart> apart(apart_.data() + first_apart, next_apart - first_apart);
-    if (!apart.empty()) {
-      s = without(apart, s, begin, n, in_place_ ? const_cast<T*>(s) : student_block_, &Apart::student);
-      if (t) t = without(apart, t, begin, n, teacher_block_, &Apart::teacher);
+  size_t next_listed = 0;
+  for (int64_t begin = 0, b = 0; begin < batch_.classes; begin += kBlock<T>, ++b) {
+    const int n = block_size(begin);
+    const T *s = read(batch_.student, row, begin, n, student_buffer_), *t = nullptr;
+    if (scan_teacher_) t = read(batch_.teacher, row, begin, n, teacher_buffer_);
+    const size_t first_listed = next_listed;
+    while (next_listed < listed_.size() && listed_[next_listed].index < begin + n) ++next_listed;
+    const std::span<ListedClass> listed(listed_.data() + first_listed, next_listed - first_listed);
+    if (!listed.empty()) {
+      s = mask_listed(listed, s, begin, n, in_place_ ? const_cast<T*>(s) : student_buffer_, &ListedClass::student);
+      if (t) t = mask_listed(listed, t, begin, n, teacher_buffer_, &ListedClass::teacher);
     }
-    Running max{block_maximum(s, n, state.max.student),
-                t ? block_maximum(t, n, state.max.teacher) : state.max.teacher};
-    if (max.student > state.max.student) state.student_block = begin;
-    if (max.teacher > state.max.teacher) state.teacher_block = begin;
+    Maxima max{block_maximum(s, n, state.max.student),
+               t ? block_maximum(t, n, state.max.teacher) : state.max.teacher};
+    if (max.student > state.max.student) state.student_max_block = begin;
+    if (max.teacher > state.max.teacher) state.teacher_max_block = begin;
     if (b == 0) state.max = max;
     rescale(state, max);
     block_max_[b] = max;
-    if (write_ && !in_place_ && !past_cache_) fetch_gradient(row, begin, n);
+    if (want_gradient_ && !in_place_ && !past_cache_) prefetch_gradient(row, begin, n);
     const Sums sums = (this->*scan_block_)(s, t, begin, n, max, row);
-    if (in_place_)  // back: the cross-entropy and the argmax read the row again
-      for (const Apart& a : apart) const_cast<T*>(s)[a.index - begin] = a.student;
+    if (in_place_)  // the masked logits are restored: the cross-entropy and the argmax read the row again
+      for (const ListedClass& c : listed) const_cast<T*>(s)[c.index - begin] = c.student;
     state.sums.student += sums.student;
     state.sums.teacher += sums.teacher;
     state.sums.cross += sums.cross;
     state.sums.hard += sums.hard;
   }
-  state.whole_max = double(state.max.student);
-  state.whole_sum = state.sums.hard;
+  state.full_max = double(state.max.student);
+  state.full_sum = state.sums.hard;
   return state;
 }
 

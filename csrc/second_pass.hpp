@@ -1,4 +1,4 @@
-// The second pass over a row.
+// The second pass over a row, whose exponentials and sums are known: pointwise divergences, and mse.
 #pragma once
 
 #include "divergences.hpp"
@@ -7,26 +7,26 @@
 namespace pydistill::PYDISTILL_ISA {
 namespace {
 
-// The second pass of a divergence without a shortcut: its value and sum of h over one block. h replaces the
-// teacher's exponentials.
-
+// Numbers of a row that make probabilities and log-ratios of its exponentials and logits.
 template <class T>
 struct Normaliser {
   T student_max, teacher_max, inverse_temperature;
-  T log_ratio;               // of the student's sum to the teacher's
-  double log_ratio_at_best;  // log q - log p at the student's maximum
-  double beta, rest;         // rest: 1 - beta
+  T log_sum_ratio;          // log of the student's sum over the teacher's
+  double log_ratio_at_max;  // log q - log p at the student's maximum
+  double beta, one_minus_beta;
 };
-// Flat: with a call left inside, value and h do not share what they have in common, and the pass takes thrice as
-// long.
+
+// Value and sum of h over one block. h is written over the teacher's exponentials. The factors take the
+// exponentials of this block to probabilities. Flattened: with a call left inside, value and h do not share common
+// subexpressions, and the pass takes three times as long.
 template <class D, class T>
 [[gnu::flatten]] inline PointSums pointwise(const T* s, const T* t, int n, const Normaliser<T>& z,
                                             T student_factor, T teacher_factor, const Scratch<T>& scratch) {
   const Vec<T> student_max = set<T>(z.student_max), teacher_max = set<T>(z.teacher_max);
-  const Vec<T> inverse = set<T>(z.inverse_temperature), log_ratio = set<T>(z.log_ratio);
+  const Vec<T> inverse = set<T>(z.inverse_temperature), log_sum_ratio = set<T>(z.log_sum_ratio);
   const Vec<T> by_student = set<T>(student_factor), by_teacher = set<T>(teacher_factor);
-  const Vec<T> reference = set<T>(T(D::reference(z.log_ratio_at_best, z.beta, z.rest)));
-  const Vec<T> beta = set<T>(T(z.beta)), rest = set<T>(T(z.rest));
+  const Vec<T> reference = set<T>(T(D::reference(z.log_ratio_at_max, z.beta, z.one_minus_beta)));
+  const Vec<T> beta = set<T>(T(z.beta)), one_minus_beta = set<T>(T(z.one_minus_beta));
   Vec<T> value = set<T>(0), h_sum = value;
   for_each<T>(n, 0, [&](int start, int k, auto width) {
     constexpr int w = width;
@@ -34,24 +34,65 @@ template <class D, class T>
     for (int i = 0; i < w; ++i) {
       const int j = start + i * kLanes<T>;
       const Vec<T> shifted = (load(s + j, k) - student_max) - (load(t + j, k) - teacher_max);
-      x.p.v[i] = load(scratch.teacher + j) * by_teacher;
-      x.q.v[i] = load(scratch.student + j) * by_student;
-      x.log_ratio.v[i] = shifted * inverse - log_ratio;
-      x.reference.v[i] = reference, x.beta.v[i] = beta, x.rest.v[i] = rest;
+      x.p.v[i] = load(scratch.teacher_exp + j) * by_teacher;
+      x.q.v[i] = load(scratch.student_exp + j) * by_student;
+      x.log_ratio.v[i] = shifted * inverse - log_sum_ratio;
+      x.reference.v[i] = reference, x.beta.v[i] = beta, x.one_minus_beta.v[i] = one_minus_beta;
     }
     Pack<w, T> v = D::value(x), h = D::d_log_q(x);
     for (int i = 0; i < w; ++i) {
       if (k != kLanes<T>) v.v[i] = first(v.v[i], k), h.v[i] = first(h.v[i], k);
       value = value + v.v[i];
       h_sum = h_sum + h.v[i];
-      store(scratch.teacher + start + i * kLanes<T>, h.v[i]);
+      store(scratch.derivative() + start + i * kLanes<T>, h.v[i]);
     }
   });
   return {sum(value), sum(h_sum)};
 }
 
-// The pass of mse: the sum of squares of s - t, which goes where the teacher's exponentials would be. A class that
-// is masked in both adds nothing.
+template <class T>
+PointSums RowKernel<T>::pointwise_pass(int64_t row, const RowState& state) {
+  Normaliser<T> z{state.max.student,
+                  state.max.teacher,
+                  T(1 / temperature_),
+                  T(std::log(state.sums.student / state.sums.teacher)),
+                  0,
+                  options_.beta,
+                  1 - options_.beta};
+  const int64_t best = argmax(batch_.student, row, state.student_max_block, state.max.student);
+  T at_best = 0;
+  if (best < batch_.classes) read_block(batch_.teacher.at(row, best), batch_.teacher.dtype, 1, &at_best);
+  z.log_ratio_at_max = (double(z.teacher_max) - double(at_best)) / temperature_ - double(z.log_sum_ratio);
+  PointSums total;
+  for (int64_t begin = 0, b = 0; begin < batch_.classes; begin += kBlock<T>, ++b) {
+    const int n = block_size(begin);
+    const T* s = read(batch_.student, row, begin, n, student_buffer_);
+    const T* t = read(batch_.teacher, row, begin, n, teacher_buffer_);
+    const auto factor = [&](T block_max, T max, double sum) {
+      return T(std::exp2((double(block_max) - double(max)) * std::numbers::log2e / temperature_) / sum);
+    };
+    const T student_factor = factor(block_max_[b].student, state.max.student, state.sums.student);
+    const T teacher_factor = factor(block_max_[b].teacher, state.max.teacher, state.sums.teacher);
+    PointSums sums;
+    switch (options_.divergence) {
+#define DIVERGENCE(name, type)                                                             \
+  case Divergence::name:                                                                   \
+    sums = pointwise<type>(s, t, n, z, student_factor, teacher_factor, scratch_at(begin)); \
+    break;
+#include "divergences.def"
+#undef DIVERGENCE
+      case Divergence::mse:
+      case Divergence::dkd:
+        break;  // neither is pointwise
+    }
+    total.value += sums.value;
+    total.h += sums.h;
+  }
+  return total;
+}
+
+// The sum of the squares of s - t over one block. A class that is -inf in both adds 0. The differences are stored
+// unless `difference` is null.
 template <class T>
 inline T squared_difference(const T* s, const T* t, int n, T* difference) {
   Vec<T> total = set<T>(0);
@@ -69,59 +110,18 @@ inline T squared_difference(const T* s, const T* t, int n, T* difference) {
 }
 
 template <class T>
-PointSums RowKernel<T>::second_pass(int64_t row, const RowState& state) {
-  Normaliser<T> z{state.max.student,
-                  state.max.teacher,
-                  T(1 / temperature_),
-                  T(std::log(state.sums.student / state.sums.teacher)),
-                  0,
-                  options_.beta,
-                  1 - options_.beta};
-  const int64_t best = argmax(batch_.student, row, state.student_block, state.max.student);
-  T at_best = 0;
-  if (best < batch_.classes) read_block(batch_.teacher.at(row, best), batch_.teacher.dtype, 1, &at_best);
-  z.log_ratio_at_best = (double(z.teacher_max) - double(at_best)) / temperature_ - double(z.log_ratio);
-  PointSums total;
-  for (int64_t begin = 0, b = 0; begin < batch_.classes; begin += block, ++b) {
-    const int n = count(begin);
-    const T* s = read(batch_.student, row, begin, n, student_block_);
-    const T* t = read(batch_.teacher, row, begin, n, teacher_block_);
-    const auto factor = [&](T block_max, T max, double sum) {
-      return T(std::exp2((double(block_max) - double(max)) * kLog2e / temperature_) / sum);
-    };
-    const T fs = factor(block_max_[b].student, state.max.student, state.sums.student);
-    const T ft = factor(block_max_[b].teacher, state.max.teacher, state.sums.teacher);
-    PointSums sums;
-    switch (options_.divergence) {
-#define DIVERGENCE(name, type)                                     \
-  case Divergence::name:                                           \
-    sums = pointwise<type>(s, t, n, z, fs, ft, scratch_at(begin)); \
-    break;
-#include "divergences.def"
-#undef DIVERGENCE
-      case Divergence::mse:
-      case Divergence::dkd:
-        break;  // neither comes here
-    }
-    total.value += sums.value;
-    total.h += sums.h;
-  }
-  return total;
-}
-
-template <class T>
-double RowKernel<T>::difference_pass(int64_t row, RowState& state) {
+double RowKernel<T>::mse_pass(int64_t row, RowState& state) {
   double total = 0;
-  for (int64_t begin = 0; begin < batch_.classes; begin += block) {
-    const int n = count(begin);
-    const T* s = read(batch_.student, row, begin, n, student_block_);
-    const T* t = read(batch_.teacher, row, begin, n, teacher_block_);
-    total += squared_difference(s, t, n, write_ ? scratch_at(begin).teacher : nullptr);
+  for (int64_t begin = 0; begin < batch_.classes; begin += kBlock<T>) {
+    const int n = block_size(begin);
+    const T* s = read(batch_.student, row, begin, n, student_buffer_);
+    const T* t = read(batch_.teacher, row, begin, n, teacher_buffer_);
+    total += squared_difference(s, t, n, want_gradient_ ? scratch_at(begin).derivative() : nullptr);
     if (!batch_.want_metrics) continue;
-    const T top = block_maximum(t, n, state.max.teacher);
-    if (top > state.max.teacher || begin == 0) state.max.teacher = top, state.teacher_block = begin;
+    const T max = block_maximum(t, n, state.max.teacher);  // the scan has not read the teacher
+    if (max > state.max.teacher || begin == 0) state.max.teacher = max, state.teacher_max_block = begin;
   }
-  state.teacher_ordered = !std::isnan(total);
+  state.teacher_valid = !std::isnan(total);
   return total / double(batch_.classes);
 }
 

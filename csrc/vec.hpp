@@ -5,16 +5,15 @@
 // internal linkage: otherwise the linker could keep one ISA's copy of an inline function for all of them.
 //
 // A new family is a file that
-//   - defines kVecBytes, the bytes of a register, and then includes vec_type.hpp, which has Vec<T> and every
-//     operation on it as a template that needs no instruction by name;
-//   - overloads, for Vec<float> and Vec<double>, the templates for which the family has a better instruction;
-//   - defines what depends on the machine: kFastLookup, and lookup() where that is true (math.hpp uses a table
-//   then),
-//     prefetch(), prefetch_to_write(), stream_fence() and FlushDenormals.
+// - defines kVecBytes, the bytes of a register, and then includes vec_type.hpp, which has Vec<T> and every
+//   operation on it as a template that needs no instruction by name;
+// - overloads, for Vec<float> and Vec<double>, the templates for which the family has a better instruction;
+// - defines kFastLookup, and lookup() if that is true: math.hpp then uses a table;
+// - defines prefetch(), prefetch_to_write(), stream_fence() and FlushDenormals.
 //
 // The flags have -ffp-contract=off: a product and a sum are fused only where fma() is called. Otherwise the sums
-// of the student and of the teacher could round differently, and the divergence of equal rows would not be exactly
-// 0.
+// of the student and of the teacher could be rounded differently, and the divergence of equal rows would not be
+// exactly 0.
 #pragma once
 
 #include PYDISTILL_VECTORS

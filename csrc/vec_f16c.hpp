@@ -1,4 +1,4 @@
-// float16 in eights, with the F16C instructions that come with AVX2 and AVX-512.
+// Conversion of float16 by the F16C instructions, which accompany AVX2 and AVX-512: 8 elements at a time.
 #pragma once
 
 #include <immintrin.h>

@@ -19,7 +19,7 @@ inline void prefetch_to_write(const char*) {}
 inline void stream_fence() {}
 
 struct FlushDenormals {
-  FlushDenormals() {}  // so that an object that is never read is no warning
+  FlushDenormals() {}  // avoids a warning about an unused variable
 };
 
 }  // namespace

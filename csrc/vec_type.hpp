@@ -66,7 +66,7 @@ inline Vec<T> sqrt(Vec<T> a) {
   for (int i = 0; i < kLanes<T>; ++i) a.v[i] = std::sqrt(a.v[i]);
   return a;
 }
-// b where a or b is NaN, as the x86 instruction.
+// b if a or b is NaN, as x86 defines it.
 template <class T>
 inline Vec<T> max(Vec<T> a, Vec<T> b) {
   return {a.v > b.v ? a.v : b.v};

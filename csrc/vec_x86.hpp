@@ -1,5 +1,4 @@
-// What the register families of x86 share: prefetches, the fence after streaming stores, and the flag for
-// denormals.
+// Common to the register families of x86: prefetches, the fence after streaming stores, the flag for denormals.
 #pragma once
 
 #include <immintrin.h>

@@ -1,4 +1,5 @@
-// The core alone: core_bench ISA ROWS CLASSES REPEATS. For instruction counts and profilers; no Python, no torch.
+// core_bench ISA ROWS CLASSES REPEATS: calls the core without Python and torch, for instruction counts and
+// profilers.
 #include <chrono>
 #include <cstdio>
 #include <cstdlib>
@@ -18,7 +19,7 @@ const IsaVariant* find_isa(const char* name) {
   return nullptr;
 }
 
-// Logits spread over about [-6, 6], the same on every machine: what they are decides how often a maximum moves.
+// Logits in [-6, 6), the same on every machine: how often the running maximum rises depends on them.
 std::vector<float> logits(int64_t n, uint32_t seed) {
   std::vector<float> x(n);
   for (float& value : x) {
@@ -35,7 +36,7 @@ int main(int argc, char** argv) {
   const int64_t rows = argc == 5 ? std::atoll(argv[2]) : 0, classes = argc == 5 ? std::atoll(argv[3]) : 0;
   const int repeats = argc == 5 ? std::atoi(argv[4]) : 0;
   if (!isa || rows < 1 || classes < 1 || repeats < 1) {
-    std::fprintf(stderr, "usage: core_bench ISA ROWS CLASSES REPEATS; this CPU has:");
+    std::fprintf(stderr, "usage: core_bench ISA ROWS CLASSES REPEATS; this CPU supports:");
     for (const IsaVariant& variant : isa_variants())
       if (variant.usable()) std::fprintf(stderr, " %s", variant.name);
     std::fprintf(stderr, "\n");

@@ -1,8 +1,9 @@
-"""Instructions that the core executes, counted by valgrind: the same on a busy machine as on an idle one.
+"""Number of instructions that the core executes, counted by valgrind: a busy machine does not change it.
 
-``python -m bench.instructions`` builds core_bench and compares its counts with bench/instructions.json; it fails where
-one is more than 3 % off, in either direction: a faster kernel wants a new record (``--record``). Counts belong to a
-compiler and its version, so the record holds one set for each. The AVX2 variant: valgrind cannot run AVX-512.
+``python -m bench.instructions`` builds core_bench and compares its counts with bench/instructions.json. It fails if a
+count differs by more than 3 % in either direction: a faster kernel needs a new record (``--record``). Counts depend on
+the compiler and its version, so the record has one set for each. The AVX2 variant is run: valgrind does not support
+AVX-512.
 """
 
 import argparse
@@ -61,7 +62,7 @@ def _build(folder):
 
 
 def _per_element(program, rows, classes, calls) -> float:
-    """The difference of two runs, so that start and inputs cancel."""
+    """Instructions per element, from the difference of two runs, in which the start and the inputs cancel."""
     few, many = (_instructions(program, rows, classes, n) for n in (1, 1 + calls))
     return (many - few) / (calls * rows * classes)
 

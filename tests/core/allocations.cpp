@@ -1,5 +1,5 @@
-// The linker's --wrap gives us the calls of this program's objects, and leaves the sanitizer its own operator new,
-// which ThreadSanitizer does not let a program replace.
+// The linker's --wrap redirects the calls in this program's objects to the functions here. The sanitizer keeps its
+// own operator new, which ThreadSanitizer does not let a program replace.
 #include "allocations.hpp"
 
 #include <atomic>
@@ -9,10 +9,10 @@
 namespace pydistill::driver {
 namespace {
 
-// Relaxed, or ThreadSanitizer would take every allocation for a synchronisation.
+// Relaxed: with a stronger order ThreadSanitizer would see a synchronisation in every allocation.
 std::atomic<int64_t> live{0}, made{0}, first_to_fail{-1}, last_to_fail{-1};
 
-// Whether the next allocation succeeds.
+// Counts an allocation. Returns false if it is to fail.
 bool count_allocation() {
   const int64_t n = made.fetch_add(1, std::memory_order_relaxed);
   if (n >= first_to_fail.load(std::memory_order_relaxed) && n <= last_to_fail.load(std::memory_order_relaxed))
@@ -42,7 +42,7 @@ FailingAllocations::~FailingAllocations() {
 
 using pydistill::driver::count_allocation, pydistill::driver::count_release;
 
-// WRAPPED(mangled name, parameters, arguments): the allocating and the releasing forms that clang and GCC call.
+// The forms that clang and GCC call: (mangled name, parameters, arguments).
 #define WRAPPED_NEW(name, parameters, arguments)     \
   void* __real_##name parameters;                    \
   void* __wrap_##name parameters {                   \

@@ -1,4 +1,4 @@
-// Operator new as the core and the driver call it: counted, and made to fail when asked.
+// Counts the allocations by operator new in the core and the driver, and makes chosen ones fail.
 #pragma once
 
 #include <cstdint>
@@ -7,8 +7,8 @@ namespace pydistill::driver {
 
 int64_t live_allocations();
 
-// While one lives, allocations fail, on every thread: the n-th from now on (0: the first), and all after it if
-// `all_after`.
+// During the lifetime of an object the n-th allocation on any thread fails (0: the first), and with `all_after`
+// all later ones too.
 class FailingAllocations {
  public:
   FailingAllocations(int64_t n, bool all_after);

@@ -7,6 +7,7 @@
 #include <numeric>
 #include <sstream>
 
+#include "formulas.hpp"
 #include "half.hpp"
 
 namespace pydistill::driver {
@@ -39,7 +40,7 @@ double wild_number(Random& random) {
   return random.pick({kNan, kInfinity, -kInfinity, 3e38, -3e38, 1e4, -1e4, 1e-40, -1e-310, 0.0});
 }
 
-// `indices` of `listed` classes, ascending, without repetition.
+// Draws `listed` classes, ascending, without repetition.
 void list_classes(Random& random, int64_t classes, int64_t listed, int64_t* indices) {
   int64_t taken = 0;
   for (int64_t j = 0; j < classes && taken < listed; ++j)
@@ -52,8 +53,8 @@ std::vector<char> numbers(DType dtype, const std::vector<double>& values) {
   return bytes;
 }
 
-// The rows in memory, `stride` apart, and NaN between them; `values` becomes what the dtype holds of it. With a
-// stride of 0 all rows are the first.
+// The rows as they are in memory, `stride` apart with NaN between them. `values` is rounded to the dtype; with a
+// stride of 0 all rows become the first.
 std::vector<char> rows_in_memory(DType dtype, int64_t rows, int64_t classes, int64_t stride,
                                  std::vector<double>& values) {
   std::vector<double> spread(size_t(elements(rows, stride, classes)), kNan);
@@ -71,7 +72,7 @@ struct Row {
   double weight;
 };
 
-// Masks the same classes in both; never a label, and never all classes of a teacher.
+// Masks the same classes of student and teacher, but not the label and not all classes of a teacher.
 void mask_row(Random& random, const Call& call, const Row& row, const int64_t* indices, double* student,
               double* teacher) {
   for (int64_t j = 0; j < call.classes; ++j) {
@@ -150,18 +151,24 @@ std::vector<Call> soft_terms() {
   return terms;
 }
 
+Call with_size(Call call, int64_t rows, int64_t classes, int64_t listed) {
+  call.rows = rows, call.classes = classes;
+  if (call.listed > 0) {
+    const bool all = !call.bucket && !allows_zero_teacher(call.options.divergence);
+    call.listed = all ? classes : std::min(classes, listed);
+    call.bucket = call.bucket && call.listed < classes;
+  }
+  return call;
+}
+
 Call with_options(Call call, uint64_t seed) {
   Random random(seed);
   LossOptions& options = call.options;
   const bool dkd = options.divergence == Divergence::dkd;
   call.seed = seed;
-  call.rows = random.pick<int64_t>({1, 2, 3, 5});
-  if (call.listed > 0) {
-    call.listed = std::min(call.classes, random.pick<int64_t>({1, 2, 7, 16, 33, call.classes}));
-    // Where nothing is left, there is no rest. reverse_kl is infinite where the rest has no mass.
-    if (options.divergence == Divergence::reverse_kl && !call.bucket) call.listed = call.classes;
-    call.bucket = call.bucket && call.listed < call.classes;
-  }
+  const int64_t rows = random.pick<int64_t>({1, 2, 3, 5});
+  const int64_t listed = call.listed > 0 ? random.pick<int64_t>({1, 2, 7, 16, 33, call.classes}) : 0;
+  call = with_size(call, rows, call.classes, listed);
   options.temperature = random.pick({1.0, 2.0, 4.0, 3.0, 0.5});
   options.t_squared = random.chance(0.7);
   if (options.alpha > 0) options.alpha = random.pick({0.5, 0.7, 1.0});
@@ -214,12 +221,13 @@ Inputs make_inputs(const Call& call) {
     if (call.ignored_rows && random.chance(0.3)) row.label = call.options.ignore_index;
     int64_t* indices = call.listed > 0 ? &in.indices[size_t(i * width)] : nullptr;
     if (indices) list_classes(random, classes, width, indices);
-    // A row that is shown many times cannot be masked for one label.
+    // A row with several labels, as with a stride of 0, is not masked: one of them could be.
     if (call.values == Values::masked && !call.one_student_row && !call.one_teacher_row)
       mask_row(random, call, row, indices, student, teacher);
     const bool ignored = row.label == call.options.ignore_index;
+    // The values of a row that counts for nothing must not be read.
     if (row.weight == 0 || (ignored && (call.options.alpha == 0 || call.options.unlabeled == Unlabeled::skip))) {
-      if (!call.one_student_row) std::fill_n(student, classes, kNan);  // it counts for nothing, whatever it holds
+      if (!call.one_student_row) std::fill_n(student, classes, kNan);
       if (!call.one_teacher_row) std::fill_n(teacher, width, kNan);
     }
     labels.push_back(row.label), weights.push_back(row.weight);
@@ -261,7 +269,8 @@ std::string describe(const Call& call) {
        << (call.labels == Labels::none   ? "none"
            : call.labels == Labels::wide ? "int64"
                                          : "int32")
-       << (call.ignored_rows ? ", ignored rows" : "") << (options.unlabeled == Unlabeled::distill ? ", unlabeled=distill" : "")
+       << (call.ignored_rows ? ", ignored rows" : "")
+       << (options.unlabeled == Unlabeled::distill ? ", unlabeled=distill" : "")
        << (call.sample_weight ? ", sample_weight" : "") << (call.class_weight ? ", class_weight" : "")
        << (call.reduction == Reduction::none  ? ", none"
            : call.reduction == Reduction::sum ? ", sum"

@@ -1,4 +1,4 @@
-// One call of the core as data: what is asked, and inputs made from a seed.
+// Call: the description of one call of the core. Its inputs are generated from a seed.
 #pragma once
 
 #include <cstdint>
@@ -27,8 +27,8 @@ class Random {
 };
 
 enum class Labels { none, wide, narrow };  // int64 or int32
-// plain: logits in [-6, 6]. masked: some classes are -inf for student and teacher. wild: NaN, infinities, the
-// largest numbers and denormals in between.
+// plain: logits in [-6, 6]. masked: some classes are -inf for student and teacher. wild: one logit in ten is NaN,
+// infinite, huge or denormal.
 enum class Values { plain, masked, wild };
 
 struct Call {
@@ -37,13 +37,13 @@ struct Call {
   LossOptions options;
   Reduction reduction = Reduction::mean;
   int64_t listed = 0;   // classes of a top-k teacher; 0: the teacher has all
-  bool bucket = false;  // the rest of a top-k teacher's mass is one more outcome
+  bool bucket = false;  // the mass of all classes that a top-k teacher does not list is one more class
   Labels labels = Labels::wide;
   bool ignored_rows = false, sample_weight = false, class_weight = false, row_grad_output = false;
   double soft_items = -1, hard_items = -1, grad_output = 1;
   bool gradient = true, in_place = false, metrics = false;
   int64_t student_gap = 0, teacher_gap = 0, gradient_gap = 0;  // elements between two rows
-  bool one_student_row = false, one_teacher_row = false;       // stride 0: one row shown many times
+  bool one_student_row = false, one_teacher_row = false;       // stride 0: all rows are one row in memory
   Values values = Values::plain;
   uint64_t seed = 1;
 
@@ -55,7 +55,7 @@ struct Call {
   bool has_teacher() const { return options.alpha > 0; }
 };
 
-// Bytes as the core gets them, and the same numbers as doubles, row by row without gaps.
+// The bytes that the core receives, and the same logits as doubles, row by row without gaps.
 struct Inputs {
   std::vector<char> student, teacher, labels, sample_weight, class_weight, row_grad_output;
   std::vector<int64_t> indices;
@@ -63,9 +63,13 @@ struct Inputs {
   std::vector<double> student_values, teacher_values;
 };
 
-// Every form of the soft term: none, each divergence, each with a top-k teacher and both tails, mse, dkd.
+// One call for every form of the soft term: none, mse, dkd, and each pointwise divergence with a teacher of all
+// classes and with a top-k teacher of either tail.
 std::vector<Call> soft_terms();
-// The same call with all options that do not belong to the soft term chosen at random.
+// The same call with another size. A top-k teacher lists `listed` classes, or all of them if the divergence would
+// be infinite where it has no mass.
+Call with_size(Call call, int64_t rows, int64_t classes, int64_t listed);
+// The same call with a random number of rows and random values of all options but the form of the soft term.
 Call with_options(Call call, uint64_t seed);
 Inputs make_inputs(const Call& call);
 std::string describe(const Call& call);

@@ -1,5 +1,4 @@
-// Out of memory: std::bad_alloc for the caller, nothing leaked, and rows that are as they were or as they should
-// be.
+// Failing allocations: the caller gets std::bad_alloc, no memory is leaked, and no row is written.
 #include <algorithm>
 #include <fstream>
 #include <new>
@@ -14,6 +13,7 @@ namespace {
 
 enum class Written { nothing, whole_rows, parts_of_rows };
 
+// Compares the outputs with those before the call and with those of a call that succeeded.
 Written what_was_written(const Call& call, const Result& now, const Result& before, const Result& done) {
   if (now.loss != before.loss || now.soft != before.soft || now.hard != before.hard) return Written::parts_of_rows;
   Written written = Written::nothing;
@@ -29,7 +29,7 @@ Written what_was_written(const Call& call, const Result& now, const Result& befo
   return written;
 }
 
-// Lets each allocation of a call fail in turn, until none is left. Returns how many there were.
+// Makes each allocation of a call fail in turn. Returns their number.
 int fail_each(const Call& call, const IsaVariant& isa, int threads, bool all_after) {
   const Inputs inputs = make_inputs(call);
   Memory memory(Place::allocator);
@@ -53,12 +53,12 @@ int fail_each(const Call& call, const IsaVariant& isa, int threads, bool all_aft
     if (live_allocations() != live) report("memory was leaked");
     const Result now = collect(call, inputs, prepared, evaluation);
     if (!threw) {
-      if (!same(call, now, done)) report("another result afterwards");
+      if (!same(call, now, done)) report("a later call has another result");
       return n;
     }
     const Written written = what_was_written(call, now, before, done);
-    if (written == Written::parts_of_rows) report("it wrote parts of rows");
-    if (written == Written::whole_rows) report("it wrote rows");
+    if (written == Written::parts_of_rows) report("parts of rows were written");
+    if (written == Written::whole_rows) report("rows were written");
   }
 }
 
@@ -76,7 +76,7 @@ int check_gradient_memory() {
   for (const size_t too_large : {size_t(1) << 60, SIZE_MAX / 2}) {
     try {
       const GradientMemory memory(too_large);
-      fail("gradient memory of " + std::to_string(too_large) + " bytes");
+      fail("gradient memory of " + std::to_string(too_large) + " bytes was allocated");
     } catch (const std::bad_alloc&) {
     }
   }
@@ -84,7 +84,7 @@ int check_gradient_memory() {
   for (int k = 0; k < attempts; ++k) try {
       const FailingAllocations failing(0, true);
       const GradientMemory memory(bytes);
-      fail("gradient memory although the allocator had none");
+      fail("gradient memory was allocated although the allocator had failed");
     } catch (const std::bad_alloc&) {
     }
   const int64_t grown = (address_space() - before) * sysconf(_SC_PAGESIZE);
@@ -104,14 +104,11 @@ std::string check_allocations() {
     for (const IsaVariant* isa : usable_isas())
       for (const int threads : {1, 2})
         for (const bool all_after : {false, true}) {
-          Call call = term;
-          call.rows = 64, call.classes = 1025;  // enough for two threads
-          if (call.listed > 0) call.listed = 7;
-          if (call.options.divergence == Divergence::reverse_kl && !call.bucket) call.listed = 0;
+          Call call = with_size(term, 64, 1025, 7);     // large enough for two threads
           call.in_place = all_after == (threads == 1);  // with either kind of failure and of thread count
           call.reduction = Reduction::none;
           const int n = fail_each(call, *isa, threads, all_after);
-          if (n < 3) fail("fewer allocations than plans, outcomes and scratch: " + describe(call));
+          if (n < 3) fail("fewer allocations than those of plans, outcomes and scratch memory: " + describe(call));
           failures += n;
         }
   return std::to_string(failures) + " failed allocations";

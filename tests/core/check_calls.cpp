@@ -1,4 +1,4 @@
-// Results: of every form of call, in every kind of memory, on every ISA.
+// Results of every form of call, in every kind of memory, on every ISA.
 #include <algorithm>
 #include <cstring>
 
@@ -8,18 +8,18 @@
 namespace pydistill::driver {
 namespace {
 
-// Around the widths of vectors, and around blocks of 256, 512 and 1024 elements.
+// Around multiples of the vectors' lanes, and around blocks of 256, 512 and 1024 elements.
 constexpr int64_t kClasses[] = {1,   2,   3,   4,   5,    7,    8,    9,    15,   16,   17,
                                 31,  32,  33,  63,  64,   65,   127,  128,  129,  255,  256,
                                 257, 511, 512, 513, 1000, 1023, 1024, 1025, 1100, 2047, 2049};
 constexpr DType kDTypes[] = {DType::float32, DType::float64, DType::bfloat16, DType::float16};
 
-// One call on every ISA in every kind of memory.
+// Checks one call on every ISA in every kind of memory. The oracle does not cover wild values.
 void check_call(const Call& call, std::vector<Memory>& memories) {
   set_current(&call);
   const Inputs inputs = make_inputs(call);
-  const bool judged = call.values != Values::wild;
-  const Expected wanted = judged ? expected(call, inputs, inputs.student_values) : Expected();
+  const bool has_oracle = call.values != Values::wild;
+  const Expected wanted = has_oracle ? expected(call, inputs, inputs.student_values) : Expected();
   const auto report = [&](const IsaVariant& isa, const std::string& what) {
     if (!what.empty()) fail(std::string(isa.name) + ": " + what + "\n  " + describe(call));
   };
@@ -28,10 +28,10 @@ void check_call(const Call& call, std::vector<Memory>& memories) {
     const Result result = run_call(call, inputs, memories[0], *isa);
     for (size_t k = 1; k < memories.size(); ++k)
       if (!same(call, result, run_call(call, inputs, memories[k], *isa)))
-        report(*isa, "other bits at another address");
+        report(*isa, "the result depends on the address");
     if (!result.inputs_kept) report(*isa, "the inputs were written to");
     if (!result.gaps_kept) report(*isa, "the gaps between the gradient's rows were written to");
-    if (!judged) continue;
+    if (!has_oracle) continue;
     report(*isa, compare_values(call, result, wanted));
     if (best.evaluation.loss == 0 && best.gradient.empty()) best = result;
     report(*isa, compare_results(call, best, result, wanted));
@@ -73,8 +73,8 @@ std::string check_calls() {
          " ISAs, each in three kinds of memory";
 }
 
-// Rows do not depend on each other, so that a few of them, whose gradient is too small to be written past the
-// caches, must come out as they do among all.
+// Rows are independent: evaluated alone, with a gradient too small to be written past the caches, a few of them
+// must have the same bits as among all rows.
 std::string check_large() {
   int calls = 0;
   for (const DType student : {DType::float32, DType::float64})
@@ -92,14 +92,15 @@ std::string check_large() {
       const Inputs inputs = make_inputs(call);
       for (const IsaVariant* isa : usable_isas()) {
         const Result whole = run_call(call, inputs, memory, *isa);
-        if (!whole.gaps_kept || !whole.inputs_kept) fail("written where nothing was to be: " + describe(call));
+        if (!whole.gaps_kept || !whole.inputs_kept)
+          fail("memory outside of the gradient's rows was written: " + describe(call));
         for (const int64_t first : {int64_t(0), call.rows - 5}) {
           Call part = call;
           part.rows = 5;
           const Result alone = run_call(part, rows_of(call, inputs, first, part.rows), memory_of_part, *isa);
           const auto at = whole.gradient.begin() + first * call.gradient_stride() * size_of(student);
           if (!std::equal(alone.gradient.begin(), alone.gradient.end(), at))
-            fail(std::string(isa->name) + ": other bits among many rows\n  " + describe(call));
+            fail(std::string(isa->name) + ": a row has other bits among many rows\n  " + describe(call));
         }
       }
     }
@@ -107,7 +108,7 @@ std::string check_large() {
   return std::to_string(calls) + " calls on each ISA";
 }
 
-std::string check_refusals() {
+std::string check_invalid() {
   Memory memory(Place::before_guard);
   int calls = 0;
   for (const IsaVariant* isa : usable_isas())
@@ -125,10 +126,10 @@ std::string check_refusals() {
         const Evaluation& e = result.evaluation;
         const bool found =
             e.problem == (bad_weight ? Problem::bad_weight : Problem::bad_label) && e.problem_row == 2;
-        if (!found) fail(std::string(isa->name) + ": label " + std::to_string(label) + " was not refused");
+        if (!found) fail(std::string(isa->name) + ": label " + std::to_string(label) + " was not reported");
         const std::vector<char> before =
             in_place ? inputs.student : std::vector<char>(result.gradient.size(), result.gradient.front());
-        if (result.gradient != before || !result.inputs_kept) fail("a refused call wrote something");
+        if (result.gradient != before || !result.inputs_kept) fail("an invalid call wrote something");
         ++calls;
       }
   return std::to_string(calls) + " calls";

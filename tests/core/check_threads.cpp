@@ -1,4 +1,4 @@
-// Several callers at once, the OpenMP path, and gradient memory that several threads recycle.
+// Threads: several callers at once, each on two OpenMP threads, gradient memory that they exchange, and a fork.
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -12,7 +12,7 @@
 #include "sections.hpp"
 
 #if !defined(_OPENMP)
-#error "the driver is about threads too: build it with OpenMP"
+#error "the driver also tests threads: build it with OpenMP"
 #endif
 
 namespace pydistill::driver {
@@ -22,10 +22,8 @@ constexpr int kCallers = 4, kThreads = 2;
 
 std::vector<Call> calls_for_two_threads() {
   std::vector<Call> calls;
-  for (Call call : soft_terms()) {
-    call.rows = 65, call.classes = 1025;
-    if (call.listed > 0) call.listed = 7;
-    if (call.options.divergence == Divergence::reverse_kl && !call.bucket) call.listed = 0;
+  for (const Call& term : soft_terms()) {
+    Call call = with_size(term, 65, 1025, 7);
     call.options.temperature = 2, call.metrics = true, call.ignored_rows = true;
     call.seed = calls.size() + 1;
     calls.push_back(call);
@@ -33,7 +31,8 @@ std::vector<Call> calls_for_two_threads() {
   return calls;
 }
 
-// The same inputs for all callers; each has a gradient of its own, in memory that was another's a moment ago.
+// Evaluates the same inputs as the other callers, with a gradient of its own in memory that another caller may
+// just have released. Returns whether the results are always those of a single caller.
 bool repeat(const Call& call, const Inputs& inputs, const Prepared& shared, const IsaVariant& isa,
             const Result& alone, int times) {
   for (int k = 0; k < times; ++k) {
@@ -47,8 +46,8 @@ bool repeat(const Call& call, const Inputs& inputs, const Prepared& shared, cons
   return true;
 }
 
-// Whether this caller's memory was its own all the time. It sleeps after every step: on two cores callers that run
-// through seldom meet.
+// Takes and releases gradient memory many times. Returns whether no other caller wrote to it meanwhile. Sleeps
+// after every step: on two cores, callers that do not sleep seldom overlap.
 bool recycle(int caller) {
   Random random{uint64_t(caller)};
   const auto let_others_run = [&] { std::this_thread::sleep_for(std::chrono::microseconds(random.below(30))); };
@@ -67,9 +66,9 @@ bool recycle(int caller) {
   return true;
 }
 
-// Whether f(caller) is true for every caller.
+// Calls f(caller) for all callers at once, each on a thread of its own. Returns whether all returned true.
 template <class F>
-bool at_once(F f) {
+bool all_at_once(F f) {
   bool good[kCallers] = {};
   std::vector<std::thread> callers;
   for (int caller = 0; caller < kCallers; ++caller)
@@ -82,7 +81,7 @@ bool at_once(F f) {
 
 std::string check_threads() {
   const std::vector<const IsaVariant*> isas = usable_isas();
-  if (!at_once(recycle)) fail("two callers had the same gradient memory at once");
+  if (!all_at_once(recycle)) fail("two callers had the same gradient memory at the same time");
   int calls = 0;
   for (const Call& call : calls_for_two_threads())
     for (const IsaVariant* isa : isas) {
@@ -90,8 +89,8 @@ std::string check_threads() {
       Memory memory(Place::allocator), memory_alone(Place::allocator);
       const Result alone = run_call(call, inputs, memory_alone, *isa, 1);
       const Prepared shared = prepare(call, inputs, memory);
-      if (!at_once([&](int) { return repeat(call, inputs, shared, *isa, alone, 3); }))
-        fail(std::string(isa->name) + ": other bits on two threads, with four callers\n  " + describe(call));
+      if (!all_at_once([&](int) { return repeat(call, inputs, shared, *isa, alone, 3); }))
+        fail(std::string(isa->name) + ": other bits on two threads with four callers\n  " + describe(call));
       calls += 3 * kCallers;
     }
   GradientMemory::release();
@@ -108,7 +107,7 @@ std::string check_fork() {
   const Result before = run_call(call, inputs, memory, isa, kThreads);
   const pid_t child = fork();
   if (child == 0) {
-    alarm(60);  // a child that waits for the parent's threads waits for ever
+    alarm(60);  // a child that waited for the parent's threads would never end
     _exit(same(call, before, run_call(call, inputs, memory, isa, kThreads)) ? 0 : 1);
   }
   int status = 0;
@@ -126,7 +125,7 @@ std::string plant(const std::string& what) {
     const int* number = new int(1);
     int seen = 0;
     std::thread reader([&] { seen = *number; });
-    std::this_thread::sleep_for(std::chrono::milliseconds(20));  // no synchronisation
+    std::this_thread::sleep_for(std::chrono::milliseconds(20));  // does not synchronise
     delete number;
     reader.join();
     return what + std::string(size_t(seen), '.');

@@ -54,7 +54,7 @@ std::string compare_values(const Call& call, const Result& result, const Expecte
                 {"hard_items", e.hard_items, expected.hard_items}};
   for (const auto& field : fields)
     if (!close(field.got, field.wanted, tolerance)) return numbers(field.name, field.got, field.wanted);
-  if (e.problem != Problem::none) return "a problem where there is none";
+  if (e.problem != Problem::none) return "a problem is reported for a valid call";
   const DType compute = compute_dtype(call);
   for (int64_t i = 0; i < call.rows && !result.loss.empty(); ++i) {
     const double got = number_at(compute, &result.loss[size_t(i * size_of(compute))]);

@@ -1,4 +1,4 @@
-// Comparisons of results. Each returns what is wrong, or nothing.
+// Comparisons of results. Each returns a description of the first difference, or an empty string.
 #pragma once
 
 #include "oracle.hpp"
@@ -7,9 +7,9 @@
 namespace pydistill::driver {
 
 std::string compare_values(const Call& call, const Result& result, const Expected& expected);
-// The gradient along a random direction, against the difference of the oracle's losses ahead and behind.
+// Compares the slope of the gradient along a random direction with the central difference of the oracle's losses.
 std::string compare_gradient(const Call& call, const Inputs& inputs, const Result& result, const Expected& here);
-// Of the same call on two ISAs.
+// Compares the results of the same call on two ISAs.
 std::string compare_results(const Call& call, const Result& a, const Result& b, const Expected& expected);
 
 }  // namespace pydistill::driver

@@ -1,4 +1,4 @@
-// core_driver SECTION...: the core without Python, for sanitizers. tests/core/run builds and runs it.
+// core_driver SECTION...: tests of the core without Python, for sanitizers. tests/core/run builds and runs it.
 #include <chrono>
 #include <cstdio>
 #include <cstdlib>
@@ -15,7 +15,7 @@ int failures = 0;
 const Call* current = nullptr;
 
 void print_current() {
-  if (current) std::fprintf(stderr, "the call at hand: %s\n", describe(*current).c_str());
+  if (current) std::fprintf(stderr, "the current call: %s\n", describe(*current).c_str());
 }
 
 struct Section {
@@ -23,9 +23,9 @@ struct Section {
   std::string (*run)();
 };
 constexpr Section kSections[] = {
-    {"calls", check_calls},       {"large", check_large},
-    {"refusals", check_refusals}, {"allocations", check_allocations},
-    {"threads", check_threads},   {"fork", check_fork},
+    {"calls", check_calls},     {"large", check_large},
+    {"invalid", check_invalid}, {"allocations", check_allocations},
+    {"threads", check_threads}, {"fork", check_fork},
 };
 
 int usage() {
@@ -60,7 +60,7 @@ void set_current(const Call* call) { current = call; }
 int main(int argc, char** argv) {
   if (__sanitizer_set_death_callback) __sanitizer_set_death_callback(print_current);
   if (argc == 3 && std::strcmp(argv[1], "plant") == 0) {
-    std::printf("planted %s, and nothing saw it\n", plant(argv[2]).c_str());
+    std::printf("planted %s, and no sanitizer reported it\n", plant(argv[2]).c_str());
     return 0;
   }
   if (argc < 2) return usage();

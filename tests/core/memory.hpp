@@ -1,5 +1,5 @@
-// Arrays for a call in memory of three kinds: of the allocator, or from GuardedPages, where touching a byte
-// before the first or after the last element ends the program.
+// Memory: the arrays of a call, allocated or beside a guard page. Touching the guard page, a byte before the first
+// or after the last element, ends the program.
 #pragma once
 
 #include <sys/mman.h>
@@ -39,12 +39,12 @@ class GuardedPages {
 
 enum class Place { allocator, before_guard, after_guard };
 
-// One array for each role, made anew by every call of place().
+// One array for each role, allocated anew by every call of place().
 class Memory {
  public:
   explicit Memory(Place where) : where_(where) {}
 
-  // A copy of `bytes`; null if there are none.
+  // A copy of `values`; null if there are none.
   template <class T>
   T* place(size_t role, const std::vector<T>& values) {
     if (values.empty()) return nullptr;

@@ -5,6 +5,8 @@
 #include <cstring>
 #include <limits>
 
+#include "formulas.hpp"
+
 namespace pydistill::driver {
 namespace {
 
@@ -15,35 +17,6 @@ double log_sum_exp(const double* x, int64_t n, double temperature) {
   double sum = 0;
   for (int64_t j = 0; j < n; ++j) sum += std::exp((x[j] - max) / temperature);
   return max / temperature + std::log(sum);
-}
-
-// w log(x / y), 0 where w is 0.
-double term(double w, double log_x, double log_y) { return w == 0 ? 0 : w * (log_x - log_y); }
-
-// One outcome of a divergence, from the logarithms of its probabilities.
-double outcome(Divergence divergence, double beta, double log_p, double log_q) {
-  const double p = std::exp(log_p), q = std::exp(log_q);
-  const auto log_mixture = [&](double of_p) { return std::log(of_p * p + (1 - of_p) * q); };
-  switch (divergence) {
-    case Divergence::forward_kl:
-      return term(p, log_p, log_q);
-    case Divergence::reverse_kl:
-      return term(q, log_q, log_p);
-    case Divergence::jsd:
-      return beta * term(p, log_p, log_mixture(beta)) + (1 - beta) * term(q, log_q, log_mixture(beta));
-    case Divergence::skew_forward_kl:
-      return term(p, log_p, log_mixture(beta));
-    case Divergence::skew_reverse_kl:
-      return term(q, log_q, log_mixture(1 - beta));
-    case Divergence::total_variation:
-      return std::abs(p - q) / 2;
-    case Divergence::squared_hellinger:
-      return std::pow(std::sqrt(p) - std::sqrt(q), 2) / 2;
-    case Divergence::mse:
-    case Divergence::dkd:
-      break;
-  }
-  return kNan;
 }
 
 struct Row {
@@ -67,7 +40,8 @@ double pointwise(const Call& call, const Row& row) {
   const double teacher = log_sum_exp(row.teacher, call.classes, t);
   double sum = 0;
   for (int64_t j = 0; j < call.classes; ++j)
-    sum += outcome(call.options.divergence, beta, row.teacher[j] / t - teacher, row.student[j] / t - student);
+    sum += divergence_of_class(call.options.divergence, beta, row.teacher[j] / t - teacher,
+                               row.student[j] / t - student);
   return sum;
 }
 
@@ -82,12 +56,12 @@ double topk(const Call& call, const Row& row) {
   for (int64_t j = 0; j < call.classes; ++j) {
     const double log_q = row.student[j] / t - student;
     if (k < call.listed && row.indices[k] == j)
-      sum += outcome(divergence, beta, row.teacher[k++] / t - teacher, log_q);
+      sum += divergence_of_class(divergence, beta, row.teacher[k++] / t - teacher, log_q);
     else
       rest += std::exp(log_q);
   }
   if (call.listed == call.classes) return sum;
-  return sum + outcome(divergence, beta, std::log(-std::expm1(listed - teacher)), std::log(rest));
+  return sum + divergence_of_class(divergence, beta, std::log(-std::expm1(listed - teacher)), std::log(rest));
 }
 
 double dkd(const Call& call, const Row& row) {
@@ -103,7 +77,7 @@ double dkd(const Call& call, const Row& row) {
   const double student = log_sum_exp(row.student, call.classes, t),
                teacher = log_sum_exp(row.teacher, call.classes, t);
   const double student_rest = log_sum_exp(s.data(), n, t), teacher_rest = log_sum_exp(q.data(), n, t);
-  const auto kl = [](double log_p, double log_q) { return term(std::exp(log_p), log_p, log_q); };
+  const auto kl = [](double log_p, double log_q) { return weighted_log_ratio(std::exp(log_p), log_p, log_q); };
   double within = 0;
   for (size_t j = 0; j < s.size(); ++j) within += kl(q[j] / t - teacher_rest, s[j] / t - student_rest);
   return kl(row.teacher[row.label] / t - teacher, row.student[row.label] / t - student) +

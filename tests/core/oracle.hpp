@@ -1,4 +1,4 @@
-// The loss by its definition, in plain loops over doubles: a check on what the core returns.
+// The oracle: the loss computed from its definition, in plain loops over doubles.
 #pragma once
 
 #include "call.hpp"
@@ -7,14 +7,14 @@ namespace pydistill::driver {
 
 struct Expected {
   double loss = 0, soft = 0, hard = 0, soft_items = 0, hard_items = 0;
-  double agreement = 0, accuracy = 0;  // without a row: NaN
+  double agreement = 0, accuracy = 0;  // NaN if no row counts
   std::vector<double> row_loss;        // weighted
-  double objective = 0;                // what the gradient is of: grad_output included
+  double objective = 0;                // the function whose gradient the core writes: grad_output included
   std::vector<bool> row_counts;        // false: the row's gradient is exactly 0
-  std::vector<double> gradient_scale;  // of a row: an element's share of it is what is rounded
+  std::vector<double> gradient_scale;  // of each row; an element's rounding error is relative to it
 };
 
-// For these student logits, which need not be the inputs' own.
+// The results for these student logits, which may differ from those of the inputs.
 Expected expected(const Call& call, const Inputs& inputs, const std::vector<double>& student);
 
 }  // namespace pydistill::driver

@@ -61,7 +61,7 @@ bool same_numbers(DType dtype, const std::vector<char>& a, const std::vector<cha
   return true;
 }
 
-// Under AddressSanitizer the gaps between the rows of a matrix may not even be read while one lives.
+// During its lifetime AddressSanitizer reports even a read of the gaps between the rows of a matrix.
 class ForbiddenGaps {
  public:
   ForbiddenGaps(const Matrix& m, int64_t rows, int64_t classes) : m_(m), rows_(rows), classes_(classes) {

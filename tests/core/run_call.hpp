@@ -1,4 +1,4 @@
-// The only place that calls the core.
+// Runs a Call: places its arrays in memory, calls the core and collects the results.
 #pragma once
 
 #include "call.hpp"
@@ -13,14 +13,14 @@ struct Prepared {
 };
 Prepared prepare(const Call& call, const Inputs& inputs, Memory& memory);
 
-// What a call returned and wrote, to the bit; and what it should have left alone.
+// Everything that a call returned and wrote, and whether it left all other memory unchanged.
 struct Result {
   Evaluation evaluation;
-  std::vector<char> gradient, loss, soft, hard;  // empty where none was asked for
+  std::vector<char> gradient, loss, soft, hard;  // empty if the call does not ask for it
   bool inputs_kept = true, gaps_kept = true;
 };
 Result run_call(const Call& call, const Inputs& inputs, Memory& memory, const IsaVariant& isa, int threads = 1);
-// Of a call that was prepared before and has been evaluated.
+// The result of a prepared call that has been evaluated.
 Result collect(const Call& call, const Inputs& inputs, const Prepared& prepared, const Evaluation& evaluation);
 
 // Equal to the bit; NaN equals NaN.

@@ -1,4 +1,4 @@
-// The sections of the driver. Each returns how much it did, in words, and reports what is wrong through fail().
+// The sections of the driver. Each reports errors through fail() and returns a summary of what it checked.
 #pragma once
 
 #include <string>
@@ -7,20 +7,19 @@
 
 namespace pydistill::driver {
 
-// Prints the message; the program will exit with 1. Ends at once after the twentieth.
+// Prints the message; the program will exit with 1, and does so at once after the twentieth message.
 void fail(const std::string& message);
-bool failed();
 
-// Printed when a sanitizer ends the program. Null: none.
+// The call to print if a sanitizer ends the program; null for none.
 void set_current(const Call* call);
 
 std::string check_calls();        // every form of call, in guarded memory, against the oracle and between ISAs
 std::string check_large();        // a gradient that is written past the caches
-std::string check_refusals();     // bad labels and weights: found before anything is written
-std::string check_allocations();  // out of memory at every allocation, on one thread and on two
-std::string check_threads();  // four callers at once, each on two threads, and gradient memory that is recycled
-std::string check_fork();     // a child evaluates after its parent has used the thread pool
-// Does something for which a sanitizer must end the program: "overflow", "guard", "undefined", "race" or "free".
+std::string check_invalid();      // invalid labels and weights are reported before anything is written
+std::string check_allocations();  // every allocation fails once, on one thread and on two
+std::string check_threads();  // four callers at once, each on two threads, and gradient memory that they exchange
+std::string check_fork();     // a child evaluates a call after its parent has used the thread pool
+// Commits an error for which a sanitizer must end the program: "overflow", "guard", "undefined", "race" or "free".
 std::string plant(const std::string& what);
 
 }  // namespace pydistill::driver

@@ -1,4 +1,4 @@
-"""Rows that rows.py does not treat alike: top-k teachers, dkd, and mse. As in csrc/apart.hpp.
+"""Rows that rows.py does not treat alike: top-k teachers, dkd, and mse. As in csrc/listed.hpp.
 
 With a top-k teacher, and for dkd, some classes stand apart. The scan over a row leaves them out, so that the sums, and
 the maximum they refer to, are those of the rest: taken from a whole row's by subtraction they would be lost where the

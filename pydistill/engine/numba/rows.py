@@ -113,7 +113,7 @@ class _Sums(NamedTuple):
 
 
 class _Exp2(NamedTuple):
-    """The numbers of `exp2` for one dtype; csrc/vec.hpp has the same."""
+    """The numbers of `exp2` for one dtype; csrc/math.hpp has the same."""
 
     bits: int
     mantissa_bits: int
@@ -228,7 +228,7 @@ def exp2(typingctx, d, c):
 
 @intrinsic
 def log(typingctx, x):
-    """log(x) for normal x > 0; exactly 0 at 1, NaN for NaN. float32: within 1 ULP, as in csrc/vec.hpp; float64: libm.
+    """log(x) for normal x > 0; exactly 0 at 1, NaN for NaN. float32: within 1 ULP, as in csrc/math.hpp; float64: libm.
 
     For float32 libm's would be a call, and a loop with a call in it has no vectors.
     """

@@ -1,6 +1,5 @@
 """The public loss function, and the denominators of its mean."""
 
-from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple, Unpack, overload
 
 import torch
@@ -185,8 +184,18 @@ def distillation_loss(
         >>> print(f"{loss.item():.4f}", student_logits.grad.shape)
         0.4104 torch.Size([2, 3])
     """
-    # locals() has every argument by name: an option stands in this signature and in engine/options.py, nowhere between.
-    return _loss(locals())
+    arguments = locals()  # every one by name: an option stands in this signature and in engine/options.py
+    check_flag("inplace", inplace)
+    check_flag("return_metrics", return_metrics)
+    if wants_op(student_logits):
+        outcome = torch_op.traced_loss(arguments)
+    else:
+        options = check_options(arguments)
+        batch = check_batch(student_logits, teacher, labels, sample_weight, class_weight, options)
+        outcome = autograd.run(batch, inplace, return_metrics)
+        if outcome.teacher_sums_to_one and type(teacher) is Tensor:
+            warn_of_probabilities()
+    return (outcome.loss, make_metrics(outcome, student_logits)) if return_metrics else outcome.loss
 
 
 def _divergences() -> str:
@@ -200,24 +209,6 @@ def _divergences() -> str:
 if distillation_loss.__doc__ is not None:  # None under python -OO
     distillation_loss.__doc__ = distillation_loss.__doc__.replace("<divergences>", _divergences())
 DEFAULTS: dict[str, Any] = distillation_loss.__kwdefaults__ or {}  # of the keyword arguments, by name
-
-
-def _loss(arguments: Mapping[str, Any]) -> Tensor | tuple[Tensor, LossMetrics]:
-    student_logits, teacher = arguments["student_logits"], arguments["teacher"]
-    inplace, metrics = (
-        check_flag("inplace", arguments["inplace"]),
-        check_flag("return_metrics", arguments["return_metrics"]),
-    )
-    if wants_op(student_logits):
-        outcome = torch_op.traced_loss(arguments)
-    else:
-        options = check_options(arguments)
-        labels, weights = arguments["labels"], (arguments["sample_weight"], arguments["class_weight"])
-        batch = check_batch(student_logits, teacher, labels, *weights, options)
-        outcome = autograd.run(batch, inplace, metrics)
-        if outcome.teacher_sums_to_one and type(teacher) is Tensor:
-            warn_of_probabilities()
-    return (outcome.loss, make_metrics(outcome, student_logits)) if metrics else outcome.loss
 
 
 def make_metrics(outcome: Outcome, student_logits: Tensor) -> LossMetrics:

@@ -9,6 +9,7 @@ student's logits is ``(h_j - q_j * sum_k h_k) / T``; a divergence is therefore t
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
@@ -110,7 +111,12 @@ class Softening(Protocol):
         """Whether the value is multiplied by T^2."""
 
 
-class Divergence(NamedTuple):
+def _no_sum(x: Point) -> Any:
+    raise NotImplementedError("mse and dkd are not sums over classes of a function of p and q")
+
+
+@dataclass(frozen=True)
+class Divergence:
     """One divergence, and what it allows.
 
     Attributes:
@@ -121,8 +127,9 @@ class Divergence(NamedTuple):
             class.
         beta: default of the parameter; None if there is none. It may be at most ``largest_beta``.
         ends: the divergences that it is at beta = 0 and at beta = 1, if they are others.
-        top_k: the tails of a top-k teacher with which it is defined.
         zeros: whether the teacher's probabilities may be 0.
+        finite_at_zero: whether D is finite where p = 0 and q > 0; found by evaluating ``value`` there.
+        top_k: the tails of a top-k teacher with which it is defined. With "renormalize" most classes have p = 0.
     """
 
     formula: str
@@ -132,12 +139,16 @@ class Divergence(NamedTuple):
     beta: float | None = None
     largest_beta: float = 1.0
     ends: tuple[DivergenceName | None, DivergenceName | None] = (None, None)
-    top_k: tuple[Literal["renormalize", "bucket"], ...] = ("renormalize", "bucket")
     zeros: bool = True
+    finite_at_zero: bool = field(init=False, default=True)
+    top_k: tuple[Literal["renormalize", "bucket"], ...] = field(init=False, default=())
 
-
-def _no_sum(x: Point) -> Any:
-    raise NotImplementedError("mse and dkd are not sums over classes of a function of p and q")
+    def __post_init__(self) -> None:
+        if self.value is _no_sum:
+            return
+        at_zero = self.value(point(torch.tensor(-math.inf), torch.tensor(0.5).log(), self.beta))
+        object.__setattr__(self, "finite_at_zero", math.isfinite(at_zero))
+        object.__setattr__(self, "top_k", ("renormalize", "bucket") if self.finite_at_zero else ("bucket",))
 
 
 DIVERGENCES: dict[str, Divergence] = {
@@ -151,7 +162,6 @@ DIVERGENCES: dict[str, Divergence] = {
         value=lambda x: times(x.q, x.log_ratio),
         d_log_q=lambda x: times(x.q, x.log_ratio - x.reference),
         reference=lambda log_ratio, beta, rest: log_ratio,
-        top_k=("bucket",),
     ),
     "jsd": Divergence(
         "beta KL(p, m) + (1 - beta) KL(q, m), m = beta p + (1 - beta) q; forward_kl at beta = 0, reverse_kl at 1",
@@ -194,7 +204,6 @@ DIVERGENCES: dict[str, Divergence] = {
         "mean over classes of (student - teacher)^2 of the logits, without T and T^2",
         _no_sum,
         _no_sum,
-        top_k=(),
         zeros=False,
     ),
     "dkd": Divergence(
@@ -203,7 +212,6 @@ DIVERGENCES: dict[str, Divergence] = {
         _no_sum,
         beta=8.0,
         largest_beta=math.inf,
-        top_k=(),
     ),
 }
 

@@ -2,7 +2,7 @@
 
 The C++ core (csrc/divergences.hpp), the numba kernels and the torch backend compute the same values. For a pointwise
 divergence ``D(p, q) = sum_j value_j`` with ``h_j = d value_j / d log q_j``, the gradient with respect to the
-student's logits is ``(h_j - q_j * sum_k h_k) / T``; a divergence is therefore two expressions.
+student's logits is ``(h_j - q_j * sum_k h_k) / T``; a divergence therefore needs two expressions.
 
 ``p`` is the teacher, ``q`` the student. The same functions run on tensors and, compiled by numba, on scalars.
 """
@@ -33,7 +33,7 @@ class Point(NamedTuple):
     """Probabilities of teacher (p) and student (q), elementwise, and log q - log p, from the logits.
 
     ``rest`` is 1 - beta, rounded once. ``reference`` is a number of the row, the factor of q in h where q is largest: h
-    may be off by a constant times q.
+    may differ from the derivative by a constant times q, which does not change the gradient.
     """
 
     p: Any
@@ -70,7 +70,7 @@ class Mixture(NamedTuple):
 
 
 def mixture(x: Point, of_p: Any, of_q: Any) -> Mixture:
-    """p and q relative to their mixture m, computed from smaller / larger so that nothing overflows.
+    """p and q relative to their mixture m, from the ratio of the smaller to the larger, so that nothing overflows.
 
     The weights add up to 1. m divided by the larger of p and q is a sum of two numbers >= 0, so that nothing cancels
     when a weight is tiny. Where p = q the result is exactly 0, 0 and p.
@@ -79,7 +79,7 @@ def mixture(x: Point, of_p: Any, of_q: Any) -> Mixture:
     difference = torch.where(above, -x.log_ratio, x.log_ratio)  # log of the smaller of p and q over the larger
     of_larger = torch.where(above, torch.full_like(difference, of_q), torch.full_like(difference, of_p))
     m = difference.exp() - of_larger * torch.expm1(difference)
-    larger = -m.clamp(min=torch.finfo(m.dtype).tiny).log()  # the clamp: a weight of 0 and a p or q of 0
+    larger = -m.clamp(min=torch.finfo(m.dtype).tiny).log()  # clamped, since m is 0 if a weight and p or q are 0
     log_p = larger + torch.where(above, difference, 0)
     log_q = larger + torch.where(above, 0, difference)
     return Mixture(log_p, log_q, times(torch.minimum(x.p, x.q), larger.exp()))
@@ -126,10 +126,10 @@ class Divergence:
         reference: ``reference(log_ratio, beta, rest)`` gives a row's ``Point.reference``, from the student's largest
             class.
         beta: default of the parameter; None if there is none. It may be at most ``largest_beta``.
-        ends: the divergences that it is at beta = 0 and at beta = 1, if they are others.
+        ends: the divergences that it equals at beta = 0 and at beta = 1, if it equals another one there.
         zeros: whether the teacher's probabilities may be 0.
         finite_at_zero: whether D is finite where p = 0 and q > 0; found by evaluating ``value`` there.
-        top_k: the tails of a top-k teacher with which it is defined. With "renormalize" most classes have p = 0.
+        top_k: the values of a top-k teacher's ``tail`` that it supports. With "renormalize" most classes have p = 0.
     """
 
     formula: str
@@ -226,7 +226,7 @@ def soft_value(
 ) -> Tensor:
     """Compute the divergence per row, T^2 included, by differentiable torch operations.
 
-    ``teacher`` has the logits of all classes or, with ``indices``, of these; ``labels`` are those of dkd.
+    ``teacher`` has the logits of all classes or, with ``indices``, of these classes. Only dkd uses ``labels``.
     """
     if options.divergence == "mse":
         masked = (student == -math.inf) & (teacher == -math.inf)
@@ -249,8 +249,8 @@ def outcomes(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Log-probabilities of a top-k teacher's classes and, last, of the rest: ``(log_p, log_q, log_q of each class)``.
 
-    Without a log-partition the rest has p = 0: every divergence that is finite there is proportional to q then, so
-    one outcome stands for all of its classes.
+    Without a log-partition the rest has p = 0. At p = 0 every finite divergence is proportional to q, so one outcome
+    stands for all of its classes.
     """
     log_q = log_softened(student, temperature)
     apart = torch.zeros_like(student, dtype=torch.bool).scatter(-1, indices, True)
@@ -306,7 +306,7 @@ def _log_sum_exp(x: Tensor) -> Tensor:
 
 
 def log_softened(logits: Tensor, temperature: float) -> Tensor:
-    """``log_softmax(logits / T)``. Shifted before the division, which rounds large logits: an error of 1e-5 at 1e4."""
+    """``log_softmax(logits / T)``. Shifted before the division, whose rounding error would be 1e-5 at 10,000."""
     return ((logits - logits.detach().amax(-1, keepdim=True)) / temperature).log_softmax(-1)
 
 

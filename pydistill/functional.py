@@ -15,7 +15,7 @@ from pydistill.engine.torch_private import is_dtensor, wants_op
 from pydistill.formulas import DIVERGENCES, DivergenceName, loss_dtype
 from pydistill.targets import SoftTargets
 
-_MOST_CLASSES = 2**31  # stands for the number of classes where it is not given: any label is one of so many
+_MOST_CLASSES = 2**31  # the number of classes if class_weight is None: larger than any label
 
 
 class LossMetrics(NamedTuple):
@@ -118,12 +118,13 @@ def distillation_loss(
         beta: the divergence's parameter, in [0, 1] (dkd: at least 0).
         temperature: T > 0, a float or a 0-d tensor without gradient. It chooses the log-partition of a top-k teacher
             with ``tail="bucket"``; for such a teacher it must be a float under torch.compile.
-        alpha: weight of the soft term in [0, 1], a float or a 0-d tensor without gradient. A term whose weight is 0
-            is not evaluated.
-        t_squared: multiply the soft term by T^2, so that its gradient keeps its scale when T changes.
+        alpha: weight of the soft term in [0, 1], a float or a 0-d tensor without gradient. A term whose weight,
+            alpha or 1 - alpha, is 0 is not evaluated.
+        t_squared: multiply the soft term by T^2, so that its gradient stays at the same order of magnitude when T
+            changes.
         ignore_index: rows with this label do not count: their loss is 0 and their gradient exactly 0, whatever values
             they hold, NaN included.
-        unlabeled: "skip", or "distill" for unlabelled transfer data: rows with the ignored label then keep their soft
+        unlabeled: "skip", or "distill" to learn from unlabelled rows: rows with the ignored label then keep their soft
             term and lose only the hard term. Give padding the sample weight 0 in this case.
         sample_weight: ``(...)``, finite and >= 0; multiplies both terms of a row. A row of weight 0 does not count.
         class_weight: ``(C,)``, on the hard term, as ``weight`` in torch's cross_entropy.
@@ -135,9 +136,10 @@ def distillation_loss(
             :func:`loss_items` counts them. For gradient accumulation it is the count over all micro-batches; under
             DistributedDataParallel, which averages over the ranks, the global count divided by the number of ranks.
             0 says that no row counts for the term in the whole step; the term is then 0.
-        inplace: permission to write the gradient over student_logits' storage, which saves a buffer of its size. The
+        inplace: if True, the gradient may overwrite student_logits, which saves a buffer of their size. The
             logits must not be needed afterwards: they hold the gradient then, and a second loss or an argmax would read
-            it. Autograd raises an error only if an earlier operation had saved them. Only one backward is possible. The
+            it. Autograd raises an error only if an earlier operation saved them for its backward. Only one backward is
+            possible. The
             permission is not used if no gradient is wanted, under torch.compile, other recorders and functorch;
             ``backend_info().last_call`` says what was done.
         return_metrics: also return :class:`LossMetrics`, from the same pass.
@@ -148,7 +150,8 @@ def distillation_loss(
     Raises:
         ValueError: shapes or devices that disagree, an option outside its range, a missing teacher or labels, a
             negative or infinite sample weight, a tensor whose storage was freed, DTensors beside plain tensors or
-            under ``loss_parallel()``; with ``inplace``, a leaf, or rows or a teacher that overlap in memory.
+            under ``loss_parallel()``; with ``inplace``, a leaf, overlapping rows, or a tensor that shares memory with
+            student_logits.
         TypeError: integer or complex logits, sparse tensors, labels or an option of another type, a temperature, alpha
             or weight that requires a gradient.
         MemoryError: no memory for the gradient or for scratch; nothing has been written then.
@@ -157,14 +160,15 @@ def distillation_loss(
 
     Numerics: the arithmetic is float32 within blocks of a row, and float64 across blocks and rows, in log space
     throughout. The result is the same to the bit for every number of threads. A class with p = 0 (a teacher logit of
-    -inf) contributes the limit of the divergence. The limit is finite, except for reverse_kl: +inf unless q = 0 too.
+    -inf) contributes the limit of the divergence. The limit is finite, except for reverse_kl
+    and mse: +inf unless q = 0 too.
     For teachers with exact zeros, such as forests, use forward_kl, jsd or skew_reverse_kl. If the student has a logit
     of -inf where the teacher has mass, forward_kl is +inf with a finite gradient. A logit of NaN or +inf makes its row
     NaN.
 
     Memory: one buffer of the logits' size for the gradient, none with ``inplace``. The compiled backend keeps the
     largest buffer of 8 MiB or more for the next step when it is freed, because touching new pages takes as long as the
-    loss; under memory pressure the system takes it back (Linux). A backward that starts from a gradient other than 1
+    loss; Linux may reclaim it under memory pressure. A backward that starts from a gradient other than 1
     makes one more buffer; scale with ``num_items`` instead. Logits and teacher are kept until backward, for a second
     derivative; changing them in place before that is an error. For float16 logits and reduction="none" the gradient is
     computed in backward, so that a loss scaler acts before anything is rounded to float16. Second derivatives, forward
@@ -184,7 +188,7 @@ def distillation_loss(
         >>> print(f"{loss.item():.4f}", student_logits.grad.shape)
         0.4104 torch.Size([2, 3])
     """
-    arguments = locals()  # every one by name: an option stands in this signature and in engine/options.py
+    arguments = locals()  # by name, so that an option is added to this signature and to engine/options.py only
     check_flag("inplace", inplace)
     check_flag("return_metrics", return_metrics)
     if wants_op(student_logits):
@@ -212,13 +216,13 @@ DEFAULTS: dict[str, Any] = distillation_loss.__kwdefaults__ or {}  # of the keyw
 
 
 def make_metrics(outcome: Outcome, student_logits: Tensor) -> LossMetrics:
-    """Make tensors of an outcome's numbers; ``student_logits`` give the rows' shape, the dtype and the device."""
+    """Convert an outcome's numbers to tensors; ``student_logits`` give the rows' shape, the dtype and the device."""
     dtype, rows = loss_dtype(student_logits), student_logits.shape[:-1]
     values = [outcome.soft, outcome.hard, outcome.soft_items, outcome.hard_items, *outcome.metrics.values()]
     if any(isinstance(x, Tensor) for x in values):
         found = [torch.as_tensor(x, dtype=dtype, device=student_logits.device).detach() for x in values]
         found = [x.reshape(rows) if x.dim() == 1 and x.shape != rows else x for x in found]
-    else:  # one tensor for all numbers: a small batch would notice more
+    else:  # one tensor for all numbers: the time matters for small batches
         found = list(torch.tensor(values, dtype=dtype).unbind())
     soft, hard, soft_items, hard_items, *metrics = found
     by_name = dict(zip(outcome.metrics, metrics, strict=True))
@@ -243,8 +247,8 @@ def loss_items(
     over the ranks, pass the sum over all ranks divided by the number of ranks.
 
     Args:
-        labels: class indices ``(...)``, int64 or int32. May be None where ``sample_weight`` says how many rows there
-            are: all of them are then without a label, and count for the soft term.
+        labels: class indices ``(...)``, int64 or int32. May be None if ``sample_weight`` is given: then no row
+            has a label, and every row counts for the soft term.
         sample_weight: ``(...)``, finite and >= 0.
         class_weight: ``(C,)``.
         ignore_index, unlabeled: as in :func:`distillation_loss`.

@@ -1,4 +1,4 @@
-"""The loss from hidden states and the weights of a linear head, without storing the logits of all rows."""
+"""The loss from hidden states and the weights of a linear head; the logits are never all in memory."""
 
 import math
 from collections.abc import Mapping
@@ -20,7 +20,7 @@ from pydistill.targets import SoftTargets
 
 
 class LinearTeacher:
-    """A teacher given by its last hidden states and the weight of its head; its logits never exist all at once.
+    """A teacher given by its last hidden states and the weight of its head; its logits are never all in memory.
 
         logits = softcap * tanh(logit_scale * (hidden @ weight.T + bias) / softcap)
 
@@ -70,7 +70,7 @@ class LinearTeacher:
         hidden, chosen = self.head.hidden[rows], object.__new__(type(self))
         if hidden.dim() == 0 or hidden.shape[-1] != self.head.hidden.shape[-1]:
             raise IndexError(
-                f"rows must choose rows, not elements of them: hidden {tuple(self.head.hidden.shape)} would become "
+                f"rows must choose whole rows, got {rows!r}: hidden {tuple(self.head.hidden.shape)} would become "
                 f"{tuple(hidden.shape)}"
             )
         chosen.head = self.head._replace(hidden=hidden)
@@ -146,23 +146,24 @@ def linear_distillation_loss(
     num_items: Number | tuple[Number, Number] | None = None,
     return_metrics: bool = False,
 ) -> Tensor | tuple[Tensor, LossMetrics]:
-    r"""Compute :func:`distillation_loss` from hidden states, in chunks of rows: all logits never exist at once.
+    r"""Compute :func:`distillation_loss` from hidden states in chunks of rows; the logits are never all in memory.
 
     .. math::
         \text{student\_logits} = c \tanh(a\,(\text{hidden}\,\text{weight}^\top + \text{bias}) / c)
 
     with a = ``logit_scale`` and c = ``softcap``; without a softcap the logits are the scaled product. The loss and the
-    gradients of hidden states, weight and bias are computed in forward, chunk by chunk: the logits, the loss with its
-    gradient, which overwrites the logits, and the products for the three gradients. Loss, options, errors and numerics
-    are those of :func:`distillation_loss`.
+    gradients of hidden states, weight and bias are computed in forward, chunk by chunk. For each chunk the logits are
+    computed, then the loss and the gradient of the logits, which overwrites them, then the products that give the three
+    gradients. Loss, options, errors and numerics are those of :func:`distillation_loss`.
 
     Args:
         student_hidden: the student's last hidden states, ``(..., H)``.
         student_weight: the head's weight ``(C, H)``, as in ``torch.nn.Linear``. It may be tied to an embedding. Weight
             and hidden states may be frozen; their gradients are then not computed.
         teacher: :class:`LinearTeacher`; or logits ``(..., C)`` or :class:`SoftTargets` as in
-            :func:`distillation_loss`. Top-k targets save the teacher's product. May be None if alpha is 0.
-        labels: ``(...)``, shifted by the caller: the label of row i is the token after it.
+            :func:`distillation_loss`. Top-k targets avoid the teacher's matrix product. May be None if alpha is 0.
+        labels: ``(...)``. Language models shift them before the call: the label of a position is the next token,
+            ``labels[:, 1:]`` for the hidden states ``[:, :-1]``.
         student_bias: ``(C,)`` or None.
         softcap, logit_scale: of the student's head; the teacher has its own.
         chunk_rows: rows per chunk; by default as many as 64 MiB of scratch memory hold. A chunk needs memory for the
@@ -182,15 +183,17 @@ def linear_distillation_loss(
 
     Numerics: products are computed in the weight's dtype, or in that of autocast. bfloat16 and float16 are used only on
     a CPU with instructions for them, else float32, which is faster than emulation. From the logits on the arithmetic is
-    float32. The gradient of a half weight is accumulated in float32, so that small contributions of a chunk are kept.
+    float32. The gradient of a bfloat16 or float16 weight is accumulated in float32, so that small contributions of a
+    chunk are kept.
 
-    Memory: the scratch memory, and the gradients, which exist from forward on. The gradient of a half weight has a
-    float32 accumulator beside it, and 8 MiB of the weight are converted to float32 at a time; under autocast the weight
-    has a copy in autocast's dtype if the CPU multiplies in it. If the teacher is given as logits, a chunk of it is
-    copied where rows do not count, and all of it where its rows are not evenly spaced (``logits[:, :-1]``). Rows that
-    do not count (ignored label, sample weight 0) are left out of the products. With reduction="none" the gradients are
-    computed in backward. Second derivatives, functorch transforms, other devices and graph recorders use the logits of
-    all rows. torch.compile runs this function uncompiled, between its graphs (not with ``fullgraph=True``).
+    Memory: the scratch memory, and the gradients, which exist from forward on. The gradient of a bfloat16 or float16
+    weight has a float32 accumulator in addition, and 8 MiB of the weight are converted to float32 at a time; under
+    autocast the weight has a copy in autocast's dtype if the CPU multiplies in it. If the teacher is given as logits,
+    chunks of it are copied if some rows do not count, and all of it if its rows are not evenly spaced (``logits[:,
+    :-1]``). Rows that do not count (ignored label, sample weight 0) are left out of the products. With reduction="none"
+    the gradients are computed in backward. Second derivatives, functorch transforms, other devices and graph recorders
+    use the logits of all rows. torch.compile runs this function uncompiled, between its graphs (not with
+    ``fullgraph=True``).
 
     Source: chunking as in Liger Kernel (arXiv:2410.10989); the loss as in :func:`distillation_loss`.
 
@@ -204,7 +207,7 @@ def linear_distillation_loss(
         >>> hidden.grad.shape, head.weight.grad.shape
         (torch.Size([2, 8, 16]), torch.Size([1000, 16]))
     """
-    arguments = locals()  # every one by name: an option stands in this signature and in engine/options.py
+    arguments = locals()  # by name, so that an option is added to this signature and to engine/options.py only
     # Not a decorator of _loss: torch.compiler.disable imports torch._dynamo, which takes as long as torch itself.
     if torch.compiler.is_dynamo_compiling():
         from pydistill.engine import between_graphs
@@ -230,7 +233,7 @@ def _loss(arguments: Mapping[str, Any]) -> Tensor | tuple[Tensor, LossMetrics]:
     tensors = [*student.tensors, *(() if head is None else head.tensors), labels, *weights]
     why = autograd.why_formula([x for x in tensors if isinstance(x, Tensor)])
     if why is not None or wants_op(student.hidden):
-        return _of_whole_logits(student, head, arguments, why or "another recorder than torch.compile")
+        return _of_whole_logits(student, head, arguments, why or "a graph recorder other than torch.compile")
     _check_memory(student, head)
     options = check_options(arguments)
     logits = student.stand_in()
@@ -275,14 +278,14 @@ def _of_whole_logits(
 def _check_memory(student: Head, teacher: Head | None) -> None:
     named = dict(zip(_NAMES, student.tensors, strict=True))
     if teacher is not None:
-        named |= {"the teacher's hidden": teacher.hidden, "the teacher's weight": teacher.weight}
+        named |= {"teacher.hidden": teacher.hidden, "teacher.weight": teacher.weight}
     for name, tensor in named.items():
         if tensor is not None and lost_storage(tensor):
             raise no_storage(name, tensor)
 
 
 def _rows_that_count(hidden: Tensor, arguments: Mapping[str, Any]) -> Tensor:
-    """Mask of the rows with a term, as far as the tensors, which are checked later, fit each other."""
+    """Mask of the rows with a term. Labels or weights of the wrong shape are ignored; later checks refuse them."""
     options = check_options(arguments)
     labels, sample_weight = arguments["labels"], arguments["sample_weight"]
 
@@ -342,7 +345,7 @@ def _check_head(
     dtypes = {x.dtype for x in (hidden, weight, bias) if x is not None}
     if len(dtypes) > 1 and (not torch.is_autocast_enabled("cpu") or torch.float64 in dtypes):
         raise TypeError(
-            f"{names[0]}, {names[1]} and the bias must have one dtype, or be under torch.autocast, got "
+            f"{names[0]}, {names[1]} and {names[2]} must have one dtype, or be under torch.autocast, got "
             f"{', '.join(sorted(map(str, dtypes)))}"
         )
     return Head(hidden, weight, bias, None if softcap is None else float(softcap), float(scale))
@@ -354,6 +357,6 @@ def check_head_options(softcap: float | None, logit_scale: float, chunk_rows: in
         if name == "softcap" and value is None:
             continue
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-            raise ValueError(f"{name} must be a positive, finite number, got {value!r}")
+            raise ValueError(f"{name} must be a positive, finite int or float, got {value!r}")
     if chunk_rows is not None:
         check_count("chunk_rows", chunk_rows)

@@ -55,8 +55,8 @@ class DistillationLoss(_Loss):
     by a schedule. ``class_weight``, a tensor, is a buffer: ``.to()`` moves it, ``state_dict()`` leaves it out.
     Options that belong to one batch (sample_weight, num_items, ...) can also be given to the call.
 
-    Shapes: ``forward(student_logits, teacher, labels=None)`` takes ``(..., C)``, ``(..., C)`` or
-    :class:`SoftTargets`, and ``(...)``.
+    Shapes: ``forward(student_logits, teacher, labels=None)`` takes student_logits ``(..., C)``, a teacher
+    ``(..., C)`` or :class:`SoftTargets`, and labels ``(...)``.
 
     Raises:
         ValueError, TypeError: an option outside its range, at construction.
@@ -110,9 +110,10 @@ class DistillationLoss(_Loss):
 class LinearDistillationLoss(_Loss):
     """:func:`pydistill.linear_distillation_loss` with its options stored; the options are its keyword arguments.
 
-    Shapes: ``forward(student_hidden, student_weight, teacher, labels=None, *, student_bias=None)`` takes ``(..., H)``,
-    ``(C, H)``, a :class:`LinearTeacher`, logits or :class:`SoftTargets`, and ``(...)``. The head's weight and bias stay
-    the model's. Options of one batch (sample_weight, num_items, ...) can also be given to the call.
+    Shapes: ``forward(student_hidden, student_weight, teacher, labels=None, *, student_bias=None)`` takes
+    student_hidden ``(..., H)``, student_weight ``(C, H)``, a teacher (:class:`LinearTeacher`, logits or
+    :class:`SoftTargets`), and labels ``(...)``. The head's weight and bias are
+    not stored here. Options of one batch (sample_weight, num_items, ...) can also be given to the call.
 
     Raises:
         ValueError, TypeError: an option outside its range, at construction.

@@ -53,9 +53,9 @@ def test_use_backend_nests_and_restores():
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("cuda", {}, "backend must be one of compiled, numba, torch; got 'cuda'"),
-        ("torch", {"isa": "avx2"}, "isa belongs to the compiled backend"),
-        ("torch", {"threads": 2}, "threads belongs to the numba backend"),
+        ("cuda", {}, "name must be a backend, one of compiled, numba, torch; got 'cuda'"),
+        ("torch", {"isa": "avx2"}, "isa must be None with the torch backend, got 'avx2'; only the compiled"),
+        ("torch", {"threads": 2}, "threads must be None with the torch backend, got 2"),
         ("numba", {"threads": 0}, "threads must be at least 1, got 0"),
     ],
 )
@@ -73,7 +73,7 @@ def test_environment(tmp_path):
     assert "got 'fortran'" in output
     status, output = python(code, tmp_path, PYDISTILL_BACKEND="torch", PYDISTILL_ISA="avx2")
     assert status != 0
-    assert "isa belongs to the compiled backend" in output
+    assert "only the compiled backend has variants" in output
 
 
 def test_isa_from_the_environment(tmp_path):

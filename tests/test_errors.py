@@ -40,7 +40,7 @@ BAD = [
     # options
     (ValueError, "divergence must be one of forward_kl, reverse_kl.* got 'kl'", {"divergence": "kl"}),
     (ValueError, "divergence must be one of .* got None", {"divergence": None}),
-    (ValueError, "beta: divergence 'forward_kl' has no parameter, got beta=0.5", {"beta": 0.5}),
+    (ValueError, "beta must be None with divergence='forward_kl', which has no parameter; got 0.5", {"beta": 0.5}),
     (ValueError, "temperature must be positive and finite, got 0.0", {"temperature": 0}),
     (ValueError, "temperature must be positive and finite, got -2.0", {"temperature": -2.0}),
     (ValueError, "temperature must be positive and finite, got nan", {"temperature": torch.tensor(NAN)}),
@@ -57,10 +57,10 @@ BAD = [
     (ValueError, r"label_smoothing must be in \[0, 1\], got -0.1", {"label_smoothing": -0.1}),
     (ValueError, r"label_smoothing must be in \[0, 1\], got nan", {"label_smoothing": NAN}),
     (ValueError, "unlabeled must be .*skip.* or .*distill.*, got 'drop'", {"unlabeled": "drop"}),
-    (ValueError, 'reduction="batchmean": write "mean"', {"reduction": "batchmean"}),
+    (ValueError, '"mean", got "batchmean"; "mean" divides by the rows', {"reduction": "batchmean"}),
     (ValueError, "reduction must be .*, got 'max'", {"reduction": "max"}),
-    (ValueError, "num_items is the denominator of .*mean.* reduction='sum'", {"num_items": 8, "reduction": "sum"}),
-    (ValueError, "num_items is the denominator of .*mean.* reduction='none'", {"num_items": 8, "reduction": "none"}),
+    (ValueError, "num_items must be None unless .*mean.* reduction='sum'", {"num_items": 8, "reduction": "sum"}),
+    (ValueError, "num_items must be None unless .*mean.* reduction='none'", {"num_items": 8, "reduction": "none"}),
     (ValueError, "num_items must be >= 0 and finite, got -1.5", {"num_items": -1.5}),
     (ValueError, "num_items must be >= 0 and finite, got inf", {"num_items": INF}),
     (ValueError, "num_items must be >= 0 and finite, got nan", {"num_items": NAN}),
@@ -369,15 +369,15 @@ def test_tensor_whose_storage_was_freed(variant, name, dtype):
             pydistill.distillation_loss(**call | {"student_logits": student})
 
 
-@pytest.mark.parametrize("name", ["student_hidden", "student_weight", "student_bias", "the teacher's hidden"])
+@pytest.mark.parametrize("name", ["student_hidden", "student_weight", "student_bias", "teacher.hidden"])
 def test_head_whose_storage_was_freed(variant, name):
     tensors = {
         "student_hidden": torch.randn(N, 3),
         "student_weight": torch.randn(C, 3),
         "student_bias": torch.randn(C),
-        "the teacher's hidden": torch.randn(N, 6),
+        "teacher.hidden": torch.randn(N, 6),
     }
-    teacher = pydistill.LinearTeacher(tensors["the teacher's hidden"], torch.randn(C, 6))
+    teacher = pydistill.LinearTeacher(tensors["teacher.hidden"], torch.randn(C, 6))
     tensors[name].untyped_storage().resize_(0)
     with pytest.raises(ValueError, match=f"{name} must have memory"):
         pydistill.linear_distillation_loss(
@@ -431,7 +431,7 @@ def test_rows_of_a_linear_teacher_are_rows():
     assert teacher[1].shape == (C,)
     assert teacher[1:, :].shape == (N - 1, C)
     for rows in ((0, 0), (slice(None), slice(2))):
-        with pytest.raises(IndexError, match="rows must choose rows, not elements of them"):
+        with pytest.raises(IndexError, match="rows must choose whole rows"):
             teacher[rows]
 
 

@@ -1,4 +1,4 @@
-"""The autograd boundary: which path a call takes, and the gradient that forward computes for backward."""
+"""Chooses the path of a call, and connects the fused pass with autograd: forward computes the gradient for backward."""
 
 from collections.abc import Callable, Iterable
 from functools import wraps
@@ -65,7 +65,7 @@ def run(batch: Batch, inplace: bool, metrics: bool) -> Outcome:
 
 
 class _Call:
-    """One call of the loss as autograd's function carries it: that function takes tensors and opaque objects only."""
+    """One call of the loss, passed to the autograd function, whose other arguments must be tensors."""
 
     __slots__ = ("batch", "engine", "inference", "inplace", "metrics", "options", "outcome")
 
@@ -82,7 +82,7 @@ class _Call:
 class _FusedLoss(torch.autograd.Function):
     """Loss and gradient in one pass, in forward. float16 and reduction="none" compute the gradient in backward.
 
-    The old style, with ctx in forward: with setup_context a small batch takes 1.7 times as long.
+    Uses ``forward(ctx, ...)`` without ``setup_context``, with which a small batch takes 1.7 times as long.
     """
 
     @staticmethod
@@ -101,8 +101,8 @@ class _FusedLoss(torch.autograd.Function):
         if call.inplace and gradient is not None:
             torch.autograd.graph.increment_version(student)
             kept = None
-        # Tensors go through save_for_backward, because attributes of ctx escape torch's check for a freed graph. It
-        # refuses tensors of inference_mode, which cannot be changed outside of it.
+        # Tensors go through save_for_backward, because torch does not notice that a graph was freed if they are
+        # attributes of ctx. save_for_backward refuses tensors of inference_mode, which nobody can change anyway.
         constants: Iterable[Tensor | None] = batch.constants
         call.inference = None
         if True in [x is not None and x.is_inference() for x in constants]:
@@ -121,13 +121,16 @@ class _FusedLoss(torch.autograd.Function):
         if torch.is_grad_enabled() or is_batched(grad_output):  # create_graph, is_grads_batched
             if call.inplace:
                 raise RuntimeError(
-                    "inplace=True: no second derivative and no batched one, the logits are overwritten by the gradient"
+                    "inplace must be False for a second or a batched derivative, got True: the gradient has "
+                    "overwritten the logits"
                 )
             return _second_order(batch_of(student, constants, call.options), grad_output), None
         engine = call.engine
         if call.inplace:
             if engine is None:
-                raise RuntimeError("inplace=True allows one backward: the gradient was handed out already")
+                raise RuntimeError(
+                    "inplace=True allows one backward, got a second one: the gradient was returned already"
+                )
             call.engine = None
         if ctx.deferred:
             gradient = student.detach() if call.inplace else engine.new_gradient(student)
@@ -171,7 +174,7 @@ def flatten(batch: Batch) -> Batch:
 
 
 def flatten_constants(batch: Batch) -> Batch:
-    """Do as :func:`flatten` with all tensors but the student's logits, which get one dimension of rows only."""
+    """Like :func:`flatten`, but the student's logits only get one dimension of rows; their classes may stay apart."""
     batch = narrow_top_k(batch)
 
     def rows(x: Tensor | None) -> Tensor | None:
@@ -215,7 +218,7 @@ def _inplace_note(wants_gradient: bool, batch: Batch, flat: Batch) -> str:
     if not wants_gradient:
         return "; inplace ignored: no gradient is wanted"
     if flat.student.data_ptr() != batch.student.data_ptr():
-        return "; inplace ignored: these strides of student_logits cost a copy, which holds the gradient"
+        return "; inplace ignored: student_logits was copied because of its strides, and the copy holds the gradient"
     return ", gradient in place"
 
 
@@ -262,11 +265,13 @@ def _check_inplace(batch: Batch) -> None:
     base = base_of(student)
     if student.is_leaf or (base is not None and base.is_leaf and base.requires_grad):
         raise ValueError(
-            "inplace=True would overwrite student_logits, a leaf (or a view of one) that requires a gradient"
+            f"student_logits must not be a leaf, or a view of a leaf, that requires a gradient with inplace=True, "
+            f"which "
+            f"would overwrite it; got such a tensor of shape {tuple(student.shape)}"
         )
     if _overlaps_itself(student):
         raise ValueError(
-            f"inplace=True needs rows that do not overlap in memory, got student_logits of shape "
+            f"student_logits must have rows that do not overlap in memory with inplace=True, got shape "
             f"{tuple(student.shape)} with strides {student.stride()}"
         )
     start, end = _memory(student)
@@ -275,7 +280,9 @@ def _check_inplace(batch: Batch) -> None:
             continue
         first, last = _memory(other)
         if start < last and first < end:
-            raise ValueError(f"inplace=True would overwrite the {name}: {name} and student_logits overlap in memory")
+            raise ValueError(
+                f"{name} must not share memory with student_logits with inplace=True, which would overwrite it"
+            )
 
 
 def _overlaps_itself(tensor: Tensor) -> bool:

@@ -44,9 +44,9 @@ class Backend(Protocol):
         """Evaluate one batch.
 
         Args:
-            batch: checked, its student and teacher ``(N, C)`` with a unit inner stride.
-            gradient: None, or ``(N, C)`` with a unit inner stride and the student's dtype. All of it is written, after
-                everything was checked. It may be the student itself.
+            batch: checked, its student and teacher ``(N, C)`` with the classes next to each other in memory.
+            gradient: None, or ``(N, C)`` with the classes next to each other and the student's dtype. All of it is
+                written, after all checks. It may be the student itself.
             grad_output: a float, or for reduction="none" a tensor ``(N,)`` in the loss's dtype. The gradient is
                 multiplied by it.
             metrics: whether the metrics are wanted.
@@ -136,11 +136,15 @@ def _core() -> Any:
 @lru_cache(maxsize=32)
 def _make(name: str, isa: str | None = None, threads: int | None = None) -> Backend:
     if name not in NAMES:
-        raise ValueError(f"backend must be one of {', '.join(NAMES)}; got {name!r}")
+        raise ValueError(f"name must be a backend, one of {', '.join(NAMES)}; got {name!r}")
     if isa is not None and name != "compiled":
-        raise ValueError(f"isa belongs to the compiled backend, got isa={isa!r} with {name!r}")
+        raise ValueError(
+            f"isa must be None with the {name} backend, got {isa!r}; only the compiled backend has variants"
+        )
     if threads is not None and name != "numba":
-        raise ValueError(f"threads belongs to the numba backend, got threads={threads!r} with {name!r}")
+        raise ValueError(
+            f"threads must be None with the {name} backend, got {threads!r}; it uses torch's number of threads"
+        )
     if threads is not None:
         check_count("threads", threads)
     if name == "torch":

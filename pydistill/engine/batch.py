@@ -57,7 +57,7 @@ class Batch:
 
 
 def batch_of(student: Tensor, constants: Iterable[Tensor | None], options: Options) -> Batch:
-    """A batch from its constants in the order of ``CONSTANTS``, as autograd kept them."""
+    """Make a batch from its constants in the order of ``CONSTANTS``, as saved by autograd."""
     return Batch(student=student, options=options, **dict(zip(CONSTANTS, constants, strict=True)))
 
 

@@ -1,4 +1,4 @@
-"""Run a function between the graphs of torch.compile. Imported while Dynamo traces: it pulls in torch._dynamo."""
+"""Run a function between the graphs of torch.compile. Imported only while Dynamo traces: it imports torch._dynamo."""
 
 from collections.abc import Callable
 from typing import Any, TypeVar

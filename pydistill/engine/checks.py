@@ -16,7 +16,7 @@ from pydistill.targets import PROBABILITIES_TAKEN_AS_LOGITS, SoftTargets, looks_
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _SOFT_LABELS = (
     ". Soft labels, as of mixup, are targets: distillation_loss(logits, SoftTargets.from_probs(labels), alpha=1.0) is "
-    "their cross-entropy up to a constant; add it to the teacher's term, each times its own weight"
+    "their cross-entropy up to a constant; add it to the teacher's term, each multiplied by its weight"
 )
 
 
@@ -70,12 +70,12 @@ def check_tensors(
     logits = indices = None
     if soft:
         if teacher is None:
-            raise ValueError("teacher must be given unless alpha is 0: alpha is the weight of the soft term")
+            raise ValueError("teacher must be given unless alpha is 0 (alpha is the weight of the soft term); got None")
         logits, indices = _check_teacher(teacher, student)
     if labels is not None:
         _check_labels(labels, student)
     elif hard:
-        raise ValueError("labels must be given unless alpha is 1: 1 - alpha is the weight of the hard term")
+        raise ValueError("labels must be given unless alpha is 1 (1 - alpha is the weight of the hard term); got None")
     if sample_weight is not None:
         sample_weight = _check_weight("sample_weight", sample_weight, student, shape[:-1])
     if class_weight is not None:
@@ -107,6 +107,8 @@ def _check_teacher(teacher: Tensor | SoftTargets, student: Tensor) -> tuple[Tens
 
 
 def _shape_hint(teacher: tuple[int, ...], student: tuple[int, ...], targets: str) -> str:
+    """Suggest a call that would fit, if the classes seem to be dimension 1, or the teacher has more of them."""
+
     def moved(shape: tuple[int, ...]) -> tuple[int, ...]:
         return (shape[0], *shape[2:], shape[1])
 
@@ -128,7 +130,10 @@ def _check_teacher_form(teacher: Tensor | SoftTargets | None, labels: Tensor | N
         return None
     divergence, entry = options.divergence, DIVERGENCES[options.divergence]
     if divergence == "dkd" and labels is None:
-        raise ValueError("labels must be given with divergence='dkd', which tells the label from the other classes")
+        raise ValueError(
+            "labels must be given with divergence='dkd', which treats the label and the other classes "
+            "differently; got None"
+        )
     if not isinstance(teacher, SoftTargets):
         return None
     if not entry.zeros and teacher.has_zeros:
@@ -145,7 +150,7 @@ def _check_teacher_form(teacher: Tensor | SoftTargets | None, labels: Tensor | N
         return None
     partitions = teacher.log_partitions.get(options.temperature)
     if teacher.indices.shape[-1] == teacher.shape[-1]:
-        return None  # there is no rest, and a rounded one would be infinitely far from the student's
+        return None  # there is no rest; a rounding error would give it mass that the student's lacks
     if partitions is None:
         stored = ", ".join(f"{t:g}" for t in teacher.log_partitions) or "none"
         raise ValueError(
@@ -227,14 +232,14 @@ def sums_to_one(batch: Batch) -> bool:
 
 
 def check_storage(batch: Batch) -> None:
-    """Refuse tensors whose memory was freed, as FSDP frees it: their address is 0."""
+    """Refuse tensors whose memory was freed, as FSDP does; their address is 0."""
     for name, tensor in zip(TENSORS, batch.tensors, strict=True):
         if tensor is not None and lost_storage(tensor):
             raise no_storage(name, tensor)
 
 
 def check_dtensors(named_tensors: Iterable[tuple[str, Tensor | None]]) -> None:
-    """Refuse DTensors beside plain tensors, and under loss_parallel(): torch's own operations are wrong there."""
+    """Refuse DTensors together with plain tensors, and under loss_parallel(), where torch's gradients are wrong."""
     given = [(name, tensor) for name, tensor in named_tensors if tensor is not None]
     distributed = [name for name, tensor in given if is_dtensor(tensor)]
     if not distributed:
@@ -254,7 +259,7 @@ def check_dtensors(named_tensors: Iterable[tuple[str, Tensor | None]]) -> None:
 
 
 def check_rows(batch: Batch) -> None:
-    """Refuse labels out of range and unusable weights, naming the first such row; by torch operations."""
+    """Refuse labels out of range and unusable weights, naming the first such row. Computed with torch operations."""
     labels, weight = (None if x is None else x.reshape(-1) for x in (batch.labels, batch.sample_weight))
     bad_labels = bad_weights = torch.zeros((), dtype=torch.bool)
     if labels is not None:

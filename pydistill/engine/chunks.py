@@ -1,4 +1,4 @@
-"""The loss behind a linear head in chunks of rows: the gradient of a chunk's logits overwrites them."""
+"""The loss of a linear head's outputs in chunks of rows. The logits of a chunk are overwritten by their gradient."""
 
 import dataclasses
 import math
@@ -23,8 +23,8 @@ SCRATCH_BYTES = 64 << 20
 class Pass(NamedTuple):
     """Result of one run over the rows: an Outcome, and the gradients of hidden, weight and bias, None if not wanted.
 
-    They are in the inputs' dtypes, except that those of float16 are float32: they wait for grad_output before they are
-    rounded.
+    They are in the inputs' dtypes; for float16 inputs they are float32, and are rounded after the product with
+    grad_output.
     """
 
     outcome: Outcome
@@ -54,7 +54,9 @@ def run(batch: Batch, setup: HeadSetup, grad_output: float | Tensor = 1.0) -> Pa
     counted = counted_rows(batch)
     soft_items, hard_items = map(float, denominators(counted, batch.class_weight))
     given = options.num_items
-    if options.reduction == "mean":  # a count of 0 is left to the chunks, where rows of class weight 0 make it NaN
+    if (
+        options.reduction == "mean"
+    ):  # a count of 0 stays None: the chunks then give 0, or NaN for rows of class weight 0
         of_all = Items(
             (soft_items or None) if given.soft is None else given.soft,
             (hard_items or None) if given.hard is None else given.hard,
@@ -116,7 +118,7 @@ def _unit(batch: Batch, items: tuple[float, float], weight: Tensor) -> float:
 
 
 def _chunk_size(setup: HeadSetup, rows: int, classes: int) -> int:
-    """Rows per chunk, equal for all chunks but the last: as given, or as many as the scratch memory holds."""
+    """Rows per chunk: as given, or as many as the scratch memory holds. All chunks but the last have as many."""
     student, teacher, dtypes, chunk_rows = setup.student, setup.teacher, setup.dtypes, setup.chunk_rows
     want_gradient = True in setup.wanted
     if chunk_rows is None:

@@ -1,4 +1,4 @@
-"""The compiled backend: hands addresses to the C++ core. No other module calls the binding."""
+"""The compiled backend: passes addresses to the C++ core. No other module calls the binding."""
 
 import hashlib
 import importlib
@@ -15,7 +15,7 @@ from pydistill.engine.checks import bad_label, bad_weight, check_storage
 from pydistill.engine.options import NAMES, Options
 from pydistill.formulas import loss_dtype
 
-_KEPT_BYTES = 8 << 20  # of smaller buffers the allocator's own reuse is as good
+_KEPT_BYTES = 8 << 20  # smaller buffers are reused equally well by the allocator
 
 
 def load_core() -> Any:
@@ -105,7 +105,7 @@ class CompiledBackend:
         if batch.options.reduction == "none":
             per_row = student.new_empty(3, len(student), dtype=loss_dtype(student))
             row_outputs = tuple(x.data_ptr() for x in per_row)
-        # stride()[0] takes a third of the time of stride(0), and a small batch notices a microsecond.
+        # stride()[0] is three times as fast as stride(0), which matters for small batches.
         dtypes, of_teacher, of_labels, of_gradient = self._dtypes, None, None, None
         of_student = (student.data_ptr(), dtypes[student.dtype], student.stride()[0])
         if teacher is not None:

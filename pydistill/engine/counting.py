@@ -17,8 +17,8 @@ class CountedRows:
     Attributes:
         soft, labelled: masks of the rows that count for the soft and for the hard term.
         with_a_term: mask of the rows that count for a term with a weight. The gradient of the others is 0.
-        weight: the sample weights, 1 without; in the loss's dtype.
-        labels: int64, 0 in rows with the ignored label, so that they can index classes; None without labels.
+        weight: the sample weights, 1 if none are given; in the loss's dtype.
+        labels: int64, with 0 in place of the ignored label, so that all are valid indices; None if none are given.
     """
 
     soft: Tensor
@@ -37,7 +37,7 @@ def counted_rows(batch: Batch) -> CountedRows:
     soft = weight != 0
     labelled, labels = torch.zeros_like(soft), None
     if batch.labels is not None:
-        labels = batch.labels.long()  # before the comparison: int32 labels would wrap an index beyond 32 bits around
+        labels = batch.labels.long()  # before the comparison, in which int32 labels would wrap an index beyond 32 bits
         ignored = labels == options.ignore_index
         labels = torch.where(ignored, 0, labels)
         labelled = soft & ~ignored
@@ -61,9 +61,10 @@ def denominators(rows: CountedRows, class_weight: Tensor | None) -> tuple[Tensor
 
 
 def narrow_top_k(batch: Batch) -> Batch:
-    """Round a float64 top-k teacher beside a narrower student, relative to its largest logit.
+    """Round a float64 top-k teacher to float32 relative to its largest logit, unless the student is float64.
 
-    Its log-partitions are those of the logits as they were: rounded at 10,000, the logits would be 5e-4 off them.
+    Its log-partitions were computed from the exact logits. Logits near 10,000, rounded as they are, would differ from
+    these by up to 5e-4.
     """
     teacher = batch.teacher
     if batch.teacher_indices is None or teacher is None or teacher.dtype is not torch.float64:

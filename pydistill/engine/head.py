@@ -1,4 +1,4 @@
-"""A linear head's logits, and the gradients that follow from theirs: the matrix products around the loss."""
+"""A linear head: its logits, and the gradients of hidden states, weight and bias from the gradient of the logits."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -34,7 +34,7 @@ class Head(NamedTuple):
         return self._replace(hidden=hidden, weight=weight, bias=bias)
 
     def logits(self, counts: Tensor | None = None) -> Tensor:
-        """Compute the logits of all rows by differentiable torch operations.
+        """Compute the logits of all rows with differentiable torch operations.
 
         Hidden states of rows that do not count are set to 0: 0 times a NaN would reach the gradient of the weight.
         """
@@ -53,7 +53,7 @@ class Head(NamedTuple):
 
 
 def product_dtype(head: Head) -> torch.dtype:
-    """Return the dtype of a head's products: the weight's or autocast's; float32 where half products are not native.
+    """Return the dtype of a head's products: the weight's or autocast's; float32 if the CPU has no half products.
 
     Without such instructions a half product is emulated, up to a hundred times slower than converting to float32.
     """
@@ -64,7 +64,7 @@ def product_dtype(head: Head) -> torch.dtype:
 
 
 class Products:
-    """A head's logits, and the gradients that follow from theirs, for chunks of at most ``rows`` rows."""
+    """The matrix products of a head for chunks of at most ``rows`` rows: logits, and the gradients from theirs."""
 
     head: Head
     dtype: torch.dtype
@@ -95,7 +95,7 @@ class Products:
             yield part, self._wide[: part.stop - start].copy_(self._weight[part])
 
     def logits(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """Return ``(logits, buffer for their gradient)``, valid until the next chunk; ``hidden`` has our dtype."""
+        """Return ``(logits, buffer for their gradient)``, valid until the next chunk; ``hidden`` is in ``dtype``."""
         head, rows, scale = self.head, len(hidden), self.head.scale
         for part, weight in self._blocks():
             out = self._product[:rows, part]
@@ -126,7 +126,7 @@ class Products:
         return total
 
     def add_to_weight(self, total: Tensor, gradient: Tensor, hidden: Tensor, first: bool) -> None:
-        """Add ``scale * gradient.T @ hidden`` to ``total``, which is float32 for half products: small updates stay."""
+        """Add ``scale * gradient.T @ hidden`` to ``total``, float32 for half products, which keeps small updates."""
         scale, beta = self.head.scale, 0 if first else 1
         if total.dtype is self.dtype:
             torch.addmm(total, gradient.T, hidden, beta=beta, alpha=scale, out=total)

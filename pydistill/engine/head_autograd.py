@@ -1,4 +1,4 @@
-"""The autograd function of the loss behind a linear head."""
+"""The autograd function of the loss of a linear head's outputs."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ from pydistill.engine.torch_private import is_batched
 
 
 class HeadCall:
-    """One call as autograd's function carries it: that function takes tensors and opaque objects only."""
+    """One call of the loss, passed to the autograd function, whose other arguments must be tensors."""
 
     setup: HeadSetup
     batch: Batch
@@ -45,18 +45,18 @@ class HeadCall:
         grad_output: float | Tensor = 1.0,
         metrics: bool = False,
     ) -> Pass:
-        """Do as :func:`run` does, without autocast, whose dtype is settled."""
+        """Like :func:`pydistill.engine.chunks.run`, without autocast, whose dtype was chosen already."""
         with torch.no_grad(), torch.autocast("cpu", enabled=False):
             return run(self.batch, dataclasses.replace(self.setup, wanted=wanted, metrics=metrics), grad_output)
 
     def take_outcome(self) -> Outcome:
-        """Hand the outcome out and forget it: its loss refers to the graph, and the graph to this call."""
+        """Return the outcome and delete it here: its loss refers to the graph, and the graph to this call."""
         outcome, self.outcome = self.outcome, None
         assert outcome is not None
         return outcome
 
     def take_constants(self) -> list[Tensor | None]:
-        """Hand out the tensors that autograd keeps between forward and backward, and forget them."""
+        """Return the tensors that autograd keeps between forward and backward, and delete them here."""
         setup, nothing = self.setup, (None, None, None)
         tensors = [*(nothing if setup.teacher is None else setup.teacher.tensors), *self.batch.constants]
         teacher = None if setup.teacher is None else setup.teacher.with_tensors(nothing)
@@ -65,7 +65,7 @@ class HeadCall:
         return tensors
 
     def with_tensors(self, of_student: Sequence[Tensor | None], constants: Sequence[Tensor | None]) -> "HeadCall":
-        """Return the call with its tensors again."""
+        """Return a call with the given tensors."""
         call, setup = object.__new__(HeadCall), self.setup
         student = setup.student.with_tensors(of_student)
         teacher = None if setup.teacher is None else setup.teacher.with_tensors(constants[:3])
@@ -109,7 +109,7 @@ class FusedHead(torch.autograd.Function):
 def _differentiable(
     call: HeadCall, inputs: Sequence[Tensor | None], wanted: Sequence[bool], grad_output: Tensor
 ) -> list[Tensor | None]:
-    """Compute the gradients by differentiable operations, for a second derivative; all logits exist then."""
+    """Compute the gradients with differentiable operations, for a second derivative; needs the logits of all rows."""
     counted = counted_rows(call.batch)
     with torch.enable_grad():
         batch = dataclasses.replace(call.batch, student=call.setup.student.logits(counted.with_a_term))

@@ -13,7 +13,7 @@ from pydistill.formulas import loss_dtype, soft_value
 
 
 class Terms(NamedTuple):
-    """The loss, ``alpha * soft + (1 - alpha) * hard``, and its terms, reduced alike."""
+    """The loss, ``alpha * soft + (1 - alpha) * hard``, and its terms, with the same reduction."""
 
     loss: Tensor
     soft: Tensor
@@ -23,8 +23,8 @@ class Terms(NamedTuple):
 def loss_formula(batch: Batch) -> Terms:
     """Compute the loss of a batch by differentiable torch operations.
 
-    It is right for any device, for tensor subclasses, under functorch transforms and for every order of derivative.
-    Its memory is autograd's, several buffers of the logits' size. No operation reads a value, so it can be traced.
+    It works on any device, with tensor subclasses, under functorch transforms and for every order of derivative.
+    Autograd keeps several buffers of the logits' size for it. No operation reads a value, so it can be traced.
     """
     batch, options = narrow_top_k(batch), batch.options
     counted = counted_rows(batch)
@@ -36,7 +36,7 @@ def loss_formula(batch: Batch) -> Terms:
         teacher = torch.where(counted.soft.unsqueeze(-1), batch.teacher.detach().to(dtype), 0)
         value = soft_value(student, teacher, counted.labels, options, batch.teacher_indices, batch.log_partitions)
         no_gradient = value.isnan() | (value == math.inf) if options.divergence == "reverse_kl" else value.isnan()
-        value = value + _spoil_gradient(student, no_gradient)
+        value = value + _nan_gradient(student, no_gradient)
         soft = torch.where(counted.soft, counted.weight * value, zero)
     if counted.labels is not None and options.num_items.hard != 0:
         ce = F.cross_entropy(  # flattened, because with three dimensions torch takes the second for the classes
@@ -61,8 +61,8 @@ def loss_formula(batch: Batch) -> Terms:
     return Terms(loss, soft, hard)
 
 
-def _spoil_gradient(student: Tensor, rows: Tensor) -> Tensor:
-    """0 per row. Its gradient is NaN in every class of the given rows, and 0 in the others.
+def _nan_gradient(student: Tensor, rows: Tensor) -> Tensor:
+    """Return 0 per row, with a gradient that is NaN in every class of the given rows, and 0 in the others.
 
     Without it a row whose value is NaN may have a gradient that is NaN in some of its classes only, or 0, as the
     derivative of abs at NaN is.

@@ -1,4 +1,4 @@
-"""The metrics of a batch, by torch operations: for the torch backend and the differentiable formula.
+"""The metrics of a batch, computed with torch operations, for the torch backend and the differentiable formula.
 
 csrc/metrics.def lists the same metrics for the C++ core, and the numba backend computes them too.
 """
@@ -14,7 +14,7 @@ from pydistill.engine.counting import CountedRows
 
 
 class Metric(NamedTuple):
-    """A value per row, ``of_rows(batch)``, and the rows whose unweighted mean it is: those that count for a term."""
+    """A value per row, ``of_rows(batch)``, and the term whose rows it is averaged over, without weights."""
 
     of_rows: Callable[[Batch], Tensor]
     term: Literal["soft", "hard"]
@@ -46,12 +46,12 @@ METRICS = {"agreement": Metric(_agreement, "soft"), "accuracy": Metric(_accuracy
 
 
 def rows_of(metric: Metric, counted: CountedRows) -> Tensor:
-    """Mask of the rows that the metric is a mean over."""
+    """Mask of the rows over which the metric is averaged."""
     return counted.soft if metric.term == "soft" else counted.labelled & counted.with_a_term
 
 
 def is_defined(metric: Metric, batch: Batch) -> bool:
-    """Whether the batch has what the metric compares."""
+    """Whether the batch has the tensor that the metric needs."""
     return (batch.teacher if metric.term == "soft" else batch.labels) is not None
 
 

@@ -21,12 +21,12 @@ from pydistill.formulas import DIVERGENCES, DivergenceName
 Unlabeled = Literal["skip", "distill"]
 Reduction = Literal["none", "sum", "mean"]
 Number = float | Tensor  # a tensor is 0-d and without gradient
-SMALLEST_BETA = 1e-30  # of a mixture
+SMALLEST_BETA = 1e-30  # the smallest beta other than 0 of a divergence with a mixture
 SMALLEST_TEMPERATURE = 1e-30
 
 
 class Items(NamedTuple):
-    """Given denominators of "mean"; None: counted; 0: no row counts for the term in the whole step."""
+    """Given denominators of "mean". None means that the rows are counted; 0, that no row counts in the whole step."""
 
     soft: float | None = None
     hard: float | None = None
@@ -55,7 +55,7 @@ class Option(NamedTuple):
     Attributes:
         check: ``check(name, value)`` returns the checked value or raises.
         op: type of the option in the schema of the torch.library op. "Tensor" is for numbers that a schedule changes:
-            a float argument would compile anew for every value. "Items" is a pair of optional tensors.
+            with a float argument each new value would recompile. "Items" is a pair of optional tensors.
     """
 
     check: Callable[[str, Any], Any]
@@ -134,7 +134,10 @@ def check_reduction(name: str, value: Any) -> str:
     if isinstance(value, str) and value in get_args(Reduction):
         return value
     if isinstance(value, str) and value == "batchmean":
-        raise ValueError('reduction="batchmean": write "mean"; here it divides by the rows, never by rows * classes')
+        raise ValueError(
+            f'{name} must be "none", "sum" or "mean", got "batchmean"; "mean" divides by the rows, never by '
+            "rows * classes"
+        )
     raise ValueError(f'{name} must be "none", "sum" or "mean", got {value!r}')
 
 
@@ -152,7 +155,7 @@ def _num_items(name: str, value: Any) -> Items:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Options:
-    """The options, checked. Two objects are never equal: a backend may key what it derives from one by identity."""
+    """The options, checked. Two objects are never equal, so that a backend may use one as the key of a cache."""
 
     divergence: Annotated[DivergenceName, Option(_divergence, "str")]
     beta: Annotated[float | None, Option(_beta, "float?")]
@@ -167,7 +170,7 @@ class Options:
 
     @property
     def evaluates_soft(self) -> bool:
-        """Whether the soft term has a weight. A given denominator of 0 says that no row counts in the whole step."""
+        """Whether the soft term has a weight and a denominator; a given denominator of 0 means that no row counts."""
         return self.alpha > 0 and self.num_items.soft != 0
 
     @property
@@ -188,8 +191,8 @@ _checked: dict[tuple[Any, ...], Options] = {}
 def check_options(arguments: Mapping[str, Any]) -> Options:
     """Check every rule about an option that needs no tensor of the batch.
 
-    ``arguments`` has the options by name, and may have more. The result for plain values is kept, because a small batch
-    would notice the time of the checks; the types belong to the key, since ``True == 1``.
+    ``arguments`` has the options by name, and may have more. The result for plain values is kept, because the time of
+    the checks matters for small batches; the types belong to the key, since ``True == 1``.
     """
     values = _values_of(arguments)
     types = tuple(map(type, values))
@@ -209,23 +212,27 @@ def _check(values: tuple[Any, ...]) -> Options:
     checked = {name: OPTIONS[name].check(name, value) for name, value in zip(NAMES, values, strict=True)}
     _settle_beta(checked)
     if checked["divergence"] == "dkd" and checked["unlabeled"] == "distill" and checked["alpha"] > 0:
-        raise ValueError('unlabeled="distill": dkd needs the label of every row that counts')
+        raise ValueError(
+            'unlabeled must be "skip" with divergence="dkd", which needs the label of every row that counts; got '
+            '"distill"'
+        )
     if checked["num_items"] != Items() and checked["reduction"] != "mean":
         raise ValueError(
-            f'num_items is the denominator of reduction="mean"; got it with reduction={checked["reduction"]!r}'
+            f'num_items must be None unless reduction="mean", whose denominators they are; got '
+            f"{checked['num_items']} with reduction={checked['reduction']!r}"
         )
     return Options(**checked)
 
 
 def _settle_beta(checked: dict[str, Any]) -> None:
-    """Apply the divergence's default or its range; at an end of the range it may be another divergence."""
+    """Apply the divergence's default and range. At 0 or 1, replace the divergence by the one that it equals there."""
     divergence, beta = checked["divergence"], checked["beta"]
     entry = DIVERGENCES[divergence]
     if beta is None:
         checked["beta"] = entry.beta
         return
     if entry.beta is None:
-        raise ValueError(f"beta: divergence {divergence!r} has no parameter, got beta={beta!r}")
+        raise ValueError(f"beta must be None with divergence={divergence!r}, which has no parameter; got {beta!r}")
     if not 0 <= beta <= entry.largest_beta or beta == math.inf:
         raise ValueError(f"beta of {divergence!r} must be in [0, {entry.largest_beta:g}] and finite, got {beta!r}")
     if beta in (0, 1):

@@ -1,8 +1,8 @@
-"""The torch backend: the divergences' values and derivatives of formulas.py over chunks of rows, without autograd.
+"""The torch backend: evaluates the values and derivatives of formulas.py over chunks of rows, without autograd.
 
-It is slower than the other two, but runs wherever torch runs, with the same results. It computes in float64: torch's
-float32 log_softmax, which is shifted only after the division by T and summed in float32, exceeds the error bounds of
-the other backends by a factor of seven in a peaked row of 130,000 classes.
+It is slower than the other two, but runs wherever torch runs, with the same results. It computes in float64. In
+float32 torch's log_softmax would exceed the error bounds of the other backends by a factor of seven in a peaked row of
+130,000 classes: it shifts after the division by T and sums in float32.
 """
 
 import dataclasses
@@ -69,7 +69,7 @@ class TorchBackend:
             g = torch.zeros_like(chunk.student)
             if batch.evaluates_soft:
                 value, h = _soft_term(chunk)
-                h = torch.where(value.isnan().unsqueeze(-1), math.nan, h)  # h alone may not show the row's NaN
+                h = torch.where(value.isnan().unsqueeze(-1), math.nan, h)  # h may not depend on the NaN
                 soft[part] = torch.where(counted.soft[part], counted.weight[part] * value, 0)
                 g += torch.where(counted.soft[part].unsqueeze(-1), soft_scale[part].unsqueeze(-1) * h, 0)
             if batch.evaluates_hard:
@@ -83,8 +83,8 @@ class TorchBackend:
 
         step = max(1, _CHUNK_ELEMENTS // max(1, batch.student.shape[-1]))
         for start in range(0, rows, step):
-            # A function, whose memory is free before the next chunk: the first chunk shows whether memory suffices for
-            # all, so that no logits are lost when memory runs out while the gradient is written over them.
+            # A function, whose memory is free before the next chunk: if memory suffices for the first chunk, it
+            # suffices for all. So no logits are lost because memory runs out while the gradient is written over them.
             run_chunk(slice(start, start + step))
 
         if options.reduction != "none":
@@ -111,7 +111,7 @@ class TorchBackend:
 
 
 def _chunk(batch: Batch, counted: CountedRows, part: slice) -> Batch:
-    """Some rows in float64, 0 in rows without a term; labels are fit to index classes."""
+    """Return some rows in float64, 0 in rows without a term; all labels are valid class indices."""
     counts = counted.with_a_term[part].unsqueeze(-1)
 
     def some(x: Tensor | None) -> Tensor | None:
@@ -157,7 +157,7 @@ def _sum_of(h: Tensor) -> Tensor:
 def _topk_gradient(s: Tensor, t: Tensor, indices: Tensor, partitions: Tensor | None, options: Options) -> Tensor:
     """Gradient for a top-k teacher: h of the k classes and of the rest.
 
-    The rest's share is spread over its classes in proportion to the student's probabilities.
+    The rest's share is distributed over its classes in proportion to the student's probabilities.
     """
     log_p, log_q, log_q_all = outcomes(s, t, indices, partitions, options.temperature)
     x = point(log_p, log_q, options.beta)
@@ -169,7 +169,7 @@ def _topk_gradient(s: Tensor, t: Tensor, indices: Tensor, partitions: Tensor | N
 
 
 def _dkd_gradient(s: Tensor, t: Tensor, labels: Tensor, options: Options) -> Tensor:
-    """Gradient of dkd: q - p for the label; for the others what keeps the sum 0, and beta times forward_kl's within."""
+    """Gradient of dkd: q - p for the label; for the others a share of p - q, and beta times forward_kl's."""
     assert options.beta is not None
     if s.shape[-1] == 1:
         return s * 0

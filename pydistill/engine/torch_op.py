@@ -1,8 +1,8 @@
 """The loss as a torch.library op, for torch.compile and torch.export.
 
-Numbers that a schedule changes (temperature, alpha, num_items) are tensor arguments: a float argument would compile
-anew for every value. The gradient is an op of its own, which backward calls with grad_output: it makes one buffer, and
-needs no product with a grad_output that a traced graph cannot compare to 1.
+Numbers that a schedule changes (temperature, alpha, num_items) are tensor arguments: with a float argument
+each new value would recompile. The gradient is an op of its own, which backward calls with grad_output. It allocates
+one buffer; otherwise a product with grad_output would always be needed, since a graph cannot test whether it is 1.
 """
 
 from collections.abc import Iterator, Mapping
@@ -76,7 +76,7 @@ def traced_loss(arguments: Mapping[str, Any]) -> Outcome:
 
 
 def _partitions(teacher: Tensor | SoftTargets | None, temperature: float | Tensor) -> Tensor | None:
-    """Choose the log-partitions of a top-k teacher with a bucket. The choice is part of the graph."""
+    """Choose the log-partitions of a top-k teacher with a bucket. The choice is fixed when the graph is recorded."""
     if not isinstance(teacher, SoftTargets) or teacher.tail != "bucket":
         return None
     if teacher.indices is None or teacher.indices.shape[-1] == teacher.shape[-1]:
@@ -98,12 +98,12 @@ def _scalar(name: str, value: float | Tensor, student: Tensor) -> Tensor:
         if value.requires_grad:
             raise TypeError(f"{name} must not require a gradient, since none flows into it; pass {name}.detach()")
         return value.to(torch.float64)
-    # A product, because torch.full and torch.tensor record a float as a constant: each value would compile anew.
+    # A product, because torch.full and torch.tensor record a float as a constant, and each new value would recompile.
     return torch.ones((), dtype=torch.float64, device=student.device) * value
 
 
 def _batch(student: Tensor, arguments: tuple[Any, ...]) -> Batch:
-    """Check and flatten the op's arguments, whose values are readable when the graph runs."""
+    """Check and flatten the op's arguments when the graph runs and their values are available."""
     values = dict(zip(_NAMES, arguments, strict=True))
     soft_items, hard_items = values["soft_items"], values["hard_items"]
     options = check_options(values | {"num_items": None if soft_items is None else (soft_items, hard_items)})
@@ -133,7 +133,7 @@ def _loss_op(student: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, 
     dtype = loss_dtype(student)
     rows = outcome.loss.dim() == 1
 
-    def own(x: float | Tensor) -> Tensor:  # the results of an op share no memory
+    def own(x: float | Tensor) -> Tensor:  # the results of an op must not share memory with each other
         x = x.clone() if isinstance(x, Tensor) else torch.tensor(x)
         return x.to(dtype).reshape(student.shape[:-1]) if rows else x.to(dtype)
 

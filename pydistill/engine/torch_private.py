@@ -1,4 +1,4 @@
-"""Every private name of torch that the package uses, each with a fallback for a torch that lacks it."""
+"""Every private name of torch that the engine uses, each with a fallback for a torch that lacks it."""
 
 import sys
 from collections.abc import Callable
@@ -26,7 +26,7 @@ _is_tracing = getattr(torch._C, "_is_tracing", _never)
 
 
 def wants_op(student: Any) -> bool:
-    """Whether the call is being recorded, or has no storage: by compile, export, jit.trace, make_fx, fake tensors."""
+    """Whether the call is being recorded (compile, export, jit.trace, make_fx), or the student is a fake tensor."""
     return torch.compiler.is_compiling() or type(student) is _FakeTensor or _dispatch_modes() > 0 or _is_tracing()
 
 

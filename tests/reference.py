@@ -1,92 +1,41 @@
-"""float64 formulas written from the definitions, apart from the package's own: the oracle of the tests.
+"""The whole loss in torch's float64, written from the definitions, apart from the package: the oracle of the tests.
 
-Rows are handled one by one in plain Python and torch float64; no code is shared with pydistill.
+The divergences are those of fuzz_loss/definitions.py; no code is shared with pydistill.
 """
 
 import math
 
 import torch
 import torch.nn.functional as F
+from fuzz_loss.definitions import (
+    DEFINITIONS,
+    INF,
+    Outcomes,
+    decoupled,
+    log_softmax,
+    log_softmax_of_others,
+    log_sum,
+    mean_square,
+    resolve,
+)
 
 
 def softened(logits, temperature):
-    """Log-probabilities of the row at a temperature, in float64; shifted first, or large logits lose digits."""
-    z = logits.double()
-    z = (z - z.detach().amax(-1, keepdim=True)) / temperature
-    return z - torch.logsumexp(z, -1, keepdim=True)
-
-
-BETA = {"jsd": 0.5, "skew_forward_kl": 0.1, "skew_reverse_kl": 0.1, "dkd": 8.0}  # the defaults of the contract
-
-
-def kl(log_p, log_q):
-    """sum p (log p - log q), 0 where p is 0."""
-    p = log_p.exp()
-    return (p * (log_p - log_q).masked_fill(p == 0, 0.0)).sum(-1)
-
-
-def log_mixture(log_p, log_q, weight):
-    """log(weight * p + (1 - weight) * q); -inf, without a NaN in its gradient, where both are."""
-    if weight in (0, 1):
-        return log_p if weight else log_q
-    none = (log_p == -math.inf) & (log_q == -math.inf)
-    pair = [x.masked_fill(none, 0.0) + math.log(w) for x, w in ((log_p, weight), (log_q, 1 - weight))]
-    return torch.logaddexp(*pair).masked_fill(none, -math.inf)
+    """Log-probabilities at a temperature, in float64."""
+    return log_softmax(logits.double(), temperature)
 
 
 def row_divergence(name, student, teacher, temperature, beta=None, labels=None):
-    """D(p, q) per row in nats, from the definitions, with the limits 0 * log 0 = 0."""
-    beta = BETA.get(name) if beta is None else beta
-    if name == "mse":
-        return (student.double() - teacher.double()).masked_fill(student == teacher, 0.0).square().mean(-1)
+    """D(p, q) per row in nats."""
+    name, beta = resolve(name, beta)
+    definition, student, teacher = DEFINITIONS[name], student.double(), teacher.double()
+    if definition.of_logits:
+        return mean_square(student, teacher)
     log_q, log_p = softened(student, temperature), softened(teacher, temperature)
-    p, q = log_p.exp(), log_q.exp()
-    if name == "dkd":
-        others = F.one_hot(labels.long(), student.shape[-1]) == 0
-        if student.shape[-1] == 1:
-            return q.sum(-1) * 0
-        log_binary = [
-            torch.stack([x.masked_fill(away, -math.inf).logsumexp(-1) for away in (others, ~others)], -1)
-            for x in (log_p, log_q)
-        ]
-        binary = kl(*log_binary)
-        rest_p, rest_q = (softened(x.double().masked_fill(~others, -math.inf), temperature) for x in (teacher, student))
-        weight = rest_p.exp()
-        nckd = (weight * (rest_p - rest_q).masked_fill(weight == 0, 0.0)).sum(-1)
-        mass = (p * others).sum(-1)
-        return binary + beta * torch.where(mass == 0, 0.0, nckd)  # no mass among the others: nothing to compare
-    if name == "forward_kl":
-        weight, difference = p, log_p - log_q
-    elif name == "reverse_kl":
-        weight, difference = q, log_q - log_p
-    elif name == "jsd":
-        log_m = log_mixture(log_p, log_q, beta)
-        return beta * kl(log_p, log_m) + (1 - beta) * kl(log_q, log_m)
-    elif name == "skew_forward_kl":
-        return kl(log_p, log_mixture(log_p, log_q, beta))
-    elif name == "skew_reverse_kl":
-        return kl(log_q, log_mixture(log_q, log_p, beta))
-    elif name == "total_variation":
-        return (p - q).abs().sum(-1) / 2
-    elif name == "squared_hellinger":
-        return (1 - (log_p / 2 + log_q / 2).exp().sum(-1)).clamp(min=0)
-    else:
-        raise AssertionError(f"the reference does not know {name}")
-    return (weight * difference.masked_fill(weight == 0, 0.0)).sum(-1)
-
-
-def d_log_q(name, student, teacher, temperature):
-    """(h, q): the gradient's soft term is h - q * sum(h), two parts that round on their own.
-
-    Their norms are the size that an error is measured by. For forward_kl they are those of p and q. reverse_kl's h
-    grows with the logarithms: rounding its exact gradient to float32 can already exceed 2e-6 of the norms of p and q.
-    """
-    log_q, log_p = softened(student, temperature), softened(teacher, temperature)
-    q = log_q.exp()
-    if name == "forward_kl":
-        return -log_p.exp(), q
-    assert name == "reverse_kl"
-    return q * (log_q - log_p + 1).masked_fill(q == 0, 0.0), q
+    if definition.of_label:
+        within_q, within_p = (log_softmax_of_others(x, temperature, labels) for x in (student, teacher))
+        return decoupled(log_p, log_q, within_p, within_q, labels, beta)
+    return definition.terms(Outcomes(log_p, log_q, beta)).sum(-1)
 
 
 def loss(
@@ -108,42 +57,35 @@ def loss(
     num_items=None,
 ):
     """The loss of ``(N, C)`` logits in float64, differentiable in the student."""
-    student = student.double()
-    n = student.shape[0]
+    student, n = student.double(), len(student)
     w = torch.ones(n, dtype=torch.float64) if sample_weight is None else sample_weight.double()
-    soft_sum, hard_sum = [], []
-    soft_items = hard_items = 0.0
-    soft_counted = hard_counted = 0
+    labelled = torch.zeros(n, dtype=torch.bool) if labels is None else labels.long() != ignore_index
+    soft_rows, hard_rows = [], []  # numbers of the rows that count
     for i in range(n):
-        labelled = labels is not None and int(labels[i]) != ignore_index
-        zero = student[i].detach().new_zeros(())
-        soft_i = hard_i = zero
-        counts = float(w[i]) != 0 and (labelled or labels is None or unlabeled == "distill")
-        if counts and alpha > 0:
-            label = None if labels is None else labels[i : i + 1]
-            d = row_divergence(divergence, student[i : i + 1], teacher[i : i + 1], temperature, beta, label)[0]
-            soft_i = w[i] * d * (temperature**2 if t_squared and divergence != "mse" else 1)
-        if counts:
-            soft_items, soft_counted = soft_items + float(w[i]), soft_counted + 1
-        if counts and labelled:
-            y = labels[i : i + 1].long()
-            cw = None if class_weight is None else class_weight.double()
-            if alpha < 1:
-                ce = F.cross_entropy(student[i : i + 1], y, cw, label_smoothing=label_smoothing, reduction="none")[0]
-                hard_i = w[i] * ce
-            hard_items += float(w[i]) * (1.0 if cw is None else float(cw[y]))
-            hard_counted += 1
-        soft_sum.append(soft_i)
-        hard_sum.append(hard_i)
-    if not soft_sum:
-        return student.sum() * 0 if reduction != "none" else student.sum(-1)
-    soft, hard = torch.stack(soft_sum), torch.stack(hard_sum)
+        if float(w[i]) != 0 and (labelled[i] or labels is None or unlabeled == "distill"):
+            soft_rows.append(i)
+        if float(w[i]) != 0 and labelled[i]:
+            hard_rows.append(i)
+    cw = None if class_weight is None else class_weight.double()
+    y = None if labels is None else labels[hard_rows].long()
+    soft_items = float(w[soft_rows].sum()) if soft_rows else 1
+    hard_items = float((w[hard_rows] * (1 if cw is None else cw[y])).sum()) if hard_rows else 1
+    soft, hard = (student.new_zeros(n) for _ in range(2))
+    if alpha > 0 and soft_rows:
+        own = None if labels is None else labels[soft_rows].long()
+        d = row_divergence(divergence, student[soft_rows], teacher[soft_rows], temperature, beta, own)
+        units = temperature**2 if t_squared and not DEFINITIONS[divergence].of_logits else 1
+        soft = soft.index_put((torch.tensor(soft_rows),), w[soft_rows] * d * units)
+    if alpha < 1 and hard_rows:
+        ce = F.cross_entropy(student[hard_rows], y, cw, label_smoothing=label_smoothing, reduction="none")
+        hard = hard.index_put((torch.tensor(hard_rows),), w[hard_rows] * ce)
+    if not soft.requires_grad and not hard.requires_grad and student.requires_grad:
+        soft = soft + 0 * student[:0].sum()  # on the graph, with a gradient of 0
     if reduction != "none":
         soft, hard = soft.sum(), hard.sum()
     if reduction == "mean":
         pair = num_items if isinstance(num_items, tuple) else (num_items, num_items)
-        soft = soft / (pair[0] or (soft_items if soft_counted else 1))
-        hard = hard / (pair[1] or (hard_items if hard_counted else 1))
+        soft, hard = soft / (pair[0] or soft_items), hard / (pair[1] or hard_items)
     return (alpha * soft if alpha > 0 else 0) + ((1 - alpha) * hard if alpha < 1 else 0)
 
 
@@ -155,7 +97,7 @@ def loss_and_gradient(student, *args, grad_output=None, **options):
     return value.detach(), leaf.grad
 
 
-# DESIGN's bounds, per input dtype of the student: of the loss, of the gradient (before the output's own rounding).
+# The contract's bounds, per dtype of the student: of the loss, and of the gradient before its own rounding.
 LOSS_BOUND = {torch.float32: 1e-6, torch.bfloat16: 1e-6, torch.float16: 1e-6, torch.float64: 1e-12}
 GRADIENT_BOUND = {torch.float32: 2e-6, torch.bfloat16: 2e-6, torch.float16: 2e-6, torch.float64: 1e-12}
 ROUNDING = {torch.float32: 0.0, torch.float64: 0.0, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
@@ -179,8 +121,11 @@ def assert_accurate(
     n = student.shape[0]
     size = 0.0
     if alpha > 0:
-        h, q = d_log_q(options.get("divergence", "forward_kl"), student, teacher, temperature)
-        parts = (h, q * h.sum(-1, keepdim=True)) if size_of_parts else (q, softened(teacher, temperature).exp())
+        log_q, log_p = softened(student, temperature), softened(teacher, temperature)
+        parts = [log_q.exp(), log_p.exp()]
+        if size_of_parts:  # the two parts of the soft gradient, which round on their own
+            h = DEFINITIONS[options["divergence"]].d_log_q(Outcomes(log_p, log_q))
+            parts = [h, log_q.exp() * h.sum(-1, keepdim=True)]
         size += alpha * temperature * sum(float(part.norm()) for part in parts)
     if alpha < 1:
         onehot = F.one_hot(labels.long(), student.shape[1]).double()
@@ -193,28 +138,13 @@ def assert_accurate(
 
 def topk_divergence(name, student, logits, indices, temperature, *, partition=None, beta=None):
     """D over a top-k teacher's classes and the rest, per row: its k classes alone, or with one outcome for the rest."""
+    name, beta = resolve(name, beta)
     log_q = softened(student, temperature)
-    apart = torch.zeros_like(student, dtype=torch.bool).scatter(-1, indices, True)
-    rest = log_q.masked_fill(apart, -math.inf).logsumexp(-1, keepdim=True)
+    listed = torch.zeros_like(student, dtype=torch.bool).scatter(-1, indices, True)
+    rest = log_sum(log_q.masked_fill(listed, -INF)).unsqueeze(-1)
     log_q = torch.cat([log_q.gather(-1, indices), rest], -1)
     kept = torch.ones_like(rest)
     if partition is not None:
         kept = (torch.logsumexp(logits.double() / temperature, -1) - partition).exp().clamp(max=1).unsqueeze(-1)
     log_p = torch.cat([softened(logits, temperature) + kept.log(), (1 - kept).log()], -1)
-    beta = BETA.get(name) if beta is None else beta
-    p, q = log_p.exp(), log_q.exp()
-    if name == "forward_kl":
-        return kl(log_p, log_q)
-    if name == "reverse_kl":
-        return kl(log_q, log_p)
-    if name == "jsd":
-        log_m = log_mixture(log_p, log_q, beta)
-        return beta * kl(log_p, log_m) + (1 - beta) * kl(log_q, log_m)
-    if name == "skew_forward_kl":
-        return kl(log_p, log_mixture(log_p, log_q, beta))
-    if name == "skew_reverse_kl":
-        return kl(log_q, log_mixture(log_q, log_p, beta))
-    if name == "total_variation":
-        return (p - q).abs().sum(-1) / 2
-    assert name == "squared_hellinger"
-    return (p.sqrt() - q.sqrt()).square().sum(-1) / 2
+    return DEFINITIONS[name].terms(Outcomes(log_p, log_q, beta)).sum(-1)

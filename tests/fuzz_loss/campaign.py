@@ -21,7 +21,7 @@ import torch
 
 from . import judging, refusals
 from .case import Case, written
-from .divergences import resolve
+from .definitions import resolve
 from .drawing import draw
 from .shrinking import shrink
 

@@ -1,4 +1,4 @@
-"""Each divergence and its gradient in long double, written from the definitions alone.
+"""The soft term of the loss and its gradient in long double.
 
 Rows of logits (N, C) are numpy arrays of long double: 64 bits of mantissa on x86, where 1e-12 of beta or of a
 probability still leaves seven digits, and an exponent that holds any float64 squared.
@@ -8,12 +8,20 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from .definitions import (
+    DEFINITIONS,
+    Outcomes,
+    at_label,
+    decoupled,
+    difference,
+    log_softmax,
+    log_softmax_of_others,
+    log_sum,
+    mean_square,
+)
+
 Real = np.longdouble
 INF = Real(np.inf)
-DEFAULT_BETA = {"jsd": 0.5, "skew_forward_kl": 0.1, "skew_reverse_kl": 0.1, "dkd": 8.0}
-# At the ends of its range a divergence is another one; full skews compare a distribution with itself.
-ENDS = {("jsd", 0): "forward_kl", ("jsd", 1): "reverse_kl"}
-ENDS |= {("skew_forward_kl", 0): "forward_kl", ("skew_reverse_kl", 0): "reverse_kl"}
 
 
 @dataclass
@@ -42,22 +50,8 @@ class Soft:
     unit: Real | int = 1
 
 
-def log_softmax(logits, temperature):
-    """Of rows; NaN throughout for a row with NaN or +inf, or of -inf only."""
-    scaled = (logits - logits.max(-1, keepdims=True)) / temperature
-    return scaled - np.log(np.exp(scaled).sum(-1, keepdims=True))
-
-
 def _within(logs, largest):
     return np.where(logs < -largest, -INF, logs)
-
-
-def resolve(divergence, beta):
-    """``(divergence, beta)`` with the default filled in, and the ends of the range as what they are."""
-    if divergence not in DEFAULT_BETA:
-        return divergence, None
-    beta = DEFAULT_BETA[divergence] if beta is None else beta
-    return (ENDS[divergence, beta], None) if (divergence, beta) in ENDS else (divergence, beta)
 
 
 def soft_term(
@@ -72,7 +66,7 @@ def soft_term(
             cannot tell e^-200 from 0, so that an infinite term and none are both right there.
         largest: a logit further than this below its row's maximum counts as -inf: the dtype cannot hold the difference.
     """
-    if divergence == "mse":
+    if DEFINITIONS[divergence].of_logits:
         return _mse(student, teacher)
     log_q, log_p = (_within(log_softmax(x, temperature), largest) for x in (student, teacher))
     # Where the rows lie differently in memory, numpy sums them in another order: equal ones would differ by a rounding.
@@ -80,8 +74,9 @@ def soft_term(
     log_p = np.where(equal[:, None], log_q, log_p)
     log_q = np.where((log_p == -INF) & (np.exp(log_q) < smallest), -INF, log_q)
     log_p = np.where((log_q == -INF) & (np.exp(log_p) < smallest), -INF, log_p)
-    if divergence == "dkd":
-        within_q, within_p = (_within(_others_log_softmax(x, temperature, labels), largest) for x in (student, teacher))
+    if DEFINITIONS[divergence].of_label:
+        within = (log_softmax_of_others(x, temperature, labels) for x in (student, teacher))
+        within_q, within_p = (_within(x, largest) for x in within)
         within_p = np.where((within_q == -INF) & (np.exp(within_p) < smallest), -INF, within_p)
         return _dkd(Real(beta), log_p, log_q, within_p, within_q, labels)
     value, h = _pointwise(divergence, beta, log_p, log_q)
@@ -112,7 +107,7 @@ def bucket_term(
     np.put_along_axis(kept, indices, True, -1)
     log_q = _within(log_softmax(student, temperature), largest)
     others = np.where(kept, -INF, log_q)
-    log_rest_q = _log_sum(others)
+    log_rest_q = log_sum(others)
     top = logits.max(-1, keepdims=True) / temperature
     log_kept = np.log(np.exp(logits / temperature - top).sum(-1)) + top[:, 0] - partition
     log_kept = np.minimum(log_kept, 0)  # the clamp at a rest of 0
@@ -131,20 +126,6 @@ def bucket_term(
     spoiled = np.isnan(log_outcomes).any(-1) | np.isnan(log_p).any(-1)
     soft.value[spoiled], soft.direction[spoiled] = np.nan, np.nan
     return soft
-
-
-def _others_log_softmax(logits, temperature, labels):
-    """Over all classes but the label; from the logits, since log-probabilities of -1e30 differ by nothing."""
-    others = logits.copy()
-    np.put_along_axis(others, labels[:, None], -INF, -1)
-    without = (others == -INF).all(-1)
-    return np.where(without[:, None], -INF, log_softmax(others, temperature))
-
-
-def _log_sum(logs):
-    top = logs.max(-1, keepdims=True)
-    safe = np.where(np.isfinite(top), top, 0)
-    return np.log(np.exp(logs - safe).sum(-1)) + safe[..., 0]
 
 
 def _log1mexp(x):
@@ -180,71 +161,27 @@ def norm(rows):
     return np.sqrt(((rows / size) ** 2).sum(-1)) * size[..., 0]
 
 
-def _product(weight, factor):
-    """Weight * factor with 0 * inf = 0, the limit of x log x."""
-    return np.where(weight == 0, 0, weight * np.where(weight == 0, 0, factor))
-
-
-def _difference(a, b):
-    """Of log-probabilities: 0 where both are -inf."""
-    none = (a == -INF) & (b == -INF)
-    return np.where(none, 0, a) - np.where(none, 0, b)
-
-
 def _pointwise(divergence, beta, log_p, log_q):
-    """``(D, h)`` with h the derivative with respect to log q."""
-    p, q = np.exp(log_p), np.exp(log_q)
-    if divergence == "forward_kl":
-        # -inf for q is infinite for any p, also one too small for a long double
-        terms = np.where((log_p > -INF) & (log_q == -INF), INF, _product(p, _difference(log_p, log_q)))
-        return terms.sum(-1), -p
-    if divergence == "reverse_kl":
-        ratio = _difference(log_q, log_p)
-        terms = np.where((log_q > -INF) & (log_p == -INF), INF, _product(q, ratio))
-        h = np.where((terms == INF).any(-1, keepdims=True), np.nan, _product(q, ratio))
-        return terms.sum(-1), h
-    if divergence == "total_variation":
-        return np.abs(p - q).sum(-1) / 2, q * np.sign(_difference(log_q, log_p)) / 2
-    if divergence == "squared_hellinger":
-        root_p, root_q = np.exp(log_p / 2), np.exp(log_q / 2)
-        return ((root_p - root_q) ** 2).sum(-1) / 2, root_q * (root_q - root_p) / 2
-    beta = Real(beta)
-    if beta == 1:  # of a skew: a distribution and itself
-        zero = 0 * (p + q)
-        return zero.sum(-1), zero
-    log_beta, log_rest = np.log(beta), np.log1p(-beta)
-    if divergence == "jsd":
-        log_m = np.logaddexp(log_beta + log_p, log_rest + log_q)
-        of_q = _product(q, _difference(log_q, log_m))
-        value = beta * _product(p, _difference(log_p, log_m)).sum(-1) + (1 - beta) * of_q.sum(-1)
-        return value, (1 - beta) * of_q
-    if divergence == "skew_forward_kl":
-        log_m = np.logaddexp(log_beta + log_p, log_rest + log_q)
-        both = _difference(log_p, log_m) + np.where(log_m == -INF, -INF, log_q)
-        return _product(p, _difference(log_p, log_m)).sum(-1), -(1 - beta) * np.exp(both)
-    if divergence == "skew_reverse_kl":
-        log_m = np.logaddexp(log_rest + log_p, log_beta + log_q)
-        terms = _product(q, _difference(log_q, log_m))
-        both = _difference(log_p, log_m) + np.where(log_m == -INF, -INF, log_q)
-        return terms.sum(-1), terms + (1 - beta) * np.exp(both)
-    raise AssertionError(f"no definition of {divergence}")
+    """``(D, h)`` with h the derivative with respect to log q; NaN throughout a row where it is infinite."""
+    definition, x = DEFINITIONS[divergence], Outcomes(log_p, log_q, beta)
+    h = definition.d_log_q(x)
+    return definition.terms(x).sum(-1), np.where(np.isinf(h).any(-1, keepdims=True), np.nan, h)
 
 
 def _unsettled(divergence, log_p, log_q, rounding, q):
-    """Total variation has a kink where p = q: where rounding decides on the sign, h may be off by q."""
-    if divergence != "total_variation":
+    """Where D has a kink at p = q and rounding decides on the sign of q - p, h may be off by q."""
+    if not DEFINITIONS[divergence].kinked:
         return np.zeros(len(q), Real)
     size = np.where(np.isfinite(log_p), np.abs(log_p), 0) + np.where(np.isfinite(log_q), np.abs(log_q), 0)
-    close = np.abs(_difference(log_q, log_p)) <= 8 * Real(rounding) * (1 + size)
+    close = np.abs(difference(log_q, log_p)) <= 8 * Real(rounding) * (1 + size)
     doubtful = np.where(close, q, 0)
     return norm(doubtful) + norm(q) * doubtful.sum(-1)
 
 
 def _mse(student, teacher):
     classes = student.shape[-1]
-    difference = _difference(student, teacher)
-    gradient = 2 * difference / classes
-    value = (difference**2).sum(-1) / classes
+    gradient = 2 * difference(student, teacher) / classes
+    value = mean_square(student, teacher)
     zero = np.zeros(len(value), Real)
     # An infinite logit has an infinite loss, as in torch; of its gradient the contract says nothing.
     unchecked = (np.isinf(student) | np.isinf(teacher)).any(-1) & ~np.isnan(value)
@@ -256,26 +193,19 @@ def _mse(student, teacher):
 def _dkd(beta, log_p, log_q, within_p, within_q, labels):
     """KL of (label, all others) + beta KL within the others. Gradients by hand: see the comments."""
     n, classes = log_q.shape
-    at = labels[:, None]
-    log_label_p, log_label_q = (np.take_along_axis(x, at, -1)[:, 0] for x in (log_p, log_q))
-    others_p, others_q = log_p.copy(), log_q.copy()
-    for x in (others_p, others_q):
-        np.put_along_axis(x, at, -INF, -1)
-    rest_p, rest_q = _log_sum(others_p), _log_sum(others_q)
-    binary_p, binary_q = (np.stack(x, -1) for x in ((log_label_p, rest_p), (log_label_q, rest_q)))
-    value, _ = _pointwise("forward_kl", None, binary_p, binary_q)
-    inner, _ = _pointwise("forward_kl", None, within_p, within_q)
+    label = at_label(log_q, labels)
+    value = decoupled(log_p, log_q, within_p, within_q, labels, beta)
+    rest_p, rest_q = (log_sum(np.where(label, -INF, x)) for x in (log_p, log_q))
     nothing = (rest_p == -INF) | (classes == 2) | (beta == 0)  # no mass among the others: nothing to compare
-    value = value + np.where(nothing, 0, beta * np.where(nothing, 0, inner))
+    q, p = np.exp(log_q), np.exp(log_p)
     # d log q_label = [label] - q and d log q_rest = q_within - q, so the first KL has q_label - p_label at the label
     # and (q_rest - p_rest) q_within at the others; the second has q_within - p_within.
     q_within, p_within = np.exp(within_q), np.exp(within_p)
     gradient = (np.exp(rest_q) - np.exp(rest_p))[:, None] * q_within
     gradient += np.where(nothing, 0, beta)[:, None] * (q_within - p_within)
-    np.put_along_axis(gradient, at, (np.exp(log_label_q) - np.exp(log_label_p))[:, None], -1)
+    gradient = np.where(label, q - p, gradient)
     broken = np.isnan(log_q).any(-1) | np.isnan(log_p).any(-1)
     value[broken], gradient[broken] = np.nan, np.nan
-    q, p = np.exp(log_q), np.exp(log_p)
     inner_base = np.where(nothing, 0, beta) * (norm(q_within) + norm(p_within))
     base = norm(q) + norm(p) + inner_base
     # A student without mass among the others has no distribution there.

@@ -6,20 +6,11 @@ import random
 import numpy as np
 import torch
 
-from .case import LAYOUTS, Case, Head, Placed, Teacher
+from pydistill.formulas import DIVERGENCES
 
-DIVERGENCES = (
-    "forward_kl",
-    "reverse_kl",
-    "jsd",
-    "skew_forward_kl",
-    "skew_reverse_kl",
-    "total_variation",
-    "squared_hellinger",
-    "mse",
-    "dkd",
-)
-WITH_BETA = ("jsd", "skew_forward_kl", "skew_reverse_kl", "dkd")
+from .case import LAYOUTS, Case, Head, Placed, Teacher
+from .definitions import DEFINITIONS, resolve
+
 DTYPES = (torch.float32, torch.float32, torch.float32, torch.float64, torch.bfloat16, torch.float16)
 FUNCTIONS = ("distillation_loss",) * 14 + ("DistillationLoss",) + ("linear_distillation_loss",) * 3
 FUNCTIONS += ("LinearDistillationLoss", "loss_items")
@@ -76,9 +67,10 @@ class _Drawing:
         alpha = float(options.get("alpha", 0.5))
         if alpha > 0 or self.chance(0.5):
             teacher = self.teacher(teacher_values, dtype, linear, options)
-        labels = self.labels(rows, classes, options, needed=alpha < 1 or options.get("divergence") == "dkd")
+        of_label = DEFINITIONS[options.get("divergence", "forward_kl")].of_label
+        labels = self.labels(rows, classes, options, needed=alpha < 1 or of_label)
         if labels is None or alpha == 0:
-            options.pop("unlabeled", None) if options.get("divergence") == "dkd" else None
+            options.pop("unlabeled", None) if of_label else None
         case = Case(
             function,
             path,
@@ -138,10 +130,10 @@ class _Drawing:
 
     def options(self, dtype):
         options = {}
-        divergence = self.random.choice(DIVERGENCES)
+        divergence = self.random.choice(tuple(DIVERGENCES))
         if divergence != "forward_kl":
             options["divergence"] = divergence
-        if divergence in WITH_BETA and self.chance(0.75):
+        if DIVERGENCES[divergence].beta is not None and self.chance(0.75):
             options["beta"] = self.beta(divergence)
         temperature = self.of(1.0, 1.0, 2.0, 4.0, 2.5, self.log_uniform(0.05, 1000), self.log_uniform(0.3, 20), 3)
         if temperature != 1.0:
@@ -155,7 +147,7 @@ class _Drawing:
             options["t_squared"] = False
         if self.chance(0.2):
             options["ignore_index"] = self.of(0, -1, 1, 255, 2**40)
-        if self.chance(0.25) and (divergence != "dkd" or float(options.get("alpha", 0.5)) == 0):
+        if self.chance(0.25) and (not DEFINITIONS[divergence].of_label or float(options.get("alpha", 0.5)) == 0):
             options["unlabeled"] = "distill"
         if self.chance(0.25):
             options["label_smoothing"] = self.of(0.1, 1.0, 0.01, self.random.random())
@@ -170,7 +162,7 @@ class _Drawing:
         return options
 
     def beta(self, divergence):
-        if divergence == "dkd":
+        if DIVERGENCES[divergence].largest_beta > 1:
             return self.of(0.0, 0, 1.0, 0.25, 8, self.log_uniform(1e-12, 1e3))
         small = self.log_uniform(1e-12, 0.5)
         return self.of(0.0, 1.0, 0.5, self.random.random(), small, 1 - small, 1e-12, 1 - 1e-12, 1)
@@ -292,12 +284,10 @@ class _Drawing:
         beta = options.get("beta")
         rows, classes = values.shape[:-1], values.shape[-1]
         forms = ["logits"] * 8 + ["from_logits"]
-        if divergence != "mse":
+        if DIVERGENCES[divergence].zeros:
             forms += ["from_probs", "from_log_probs"]
-        tails = ["renormalize", "bucket"]
-        if divergence == "reverse_kl" or (divergence, beta) in (("jsd", 1), ("skew_reverse_kl", 0)):
-            tails = ["bucket"]
-        if divergence not in ("mse", "dkd"):
+        tails = DIVERGENCES[resolve(divergence, beta)[0]].top_k
+        if tails:
             forms += ["from_topk", "top_k"] * 2
         if linear:
             forms += ["LinearTeacher"] * 6

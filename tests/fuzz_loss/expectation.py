@@ -29,7 +29,8 @@ import numpy as np
 import torch
 
 from .case import Case
-from .divergences import INF, Real, bucket_term, log_softmax, norm, resolve, soft_term
+from .definitions import DEFINITIONS, log_softmax, resolve
+from .divergences import INF, Real, bucket_term, norm, soft_term
 from .logits import ROUNDING, real, rows_of, student_logits, teacher_logits
 
 _PARTS = 4  # roundings
@@ -220,7 +221,8 @@ class _SoftPart:
 
     def __init__(self, case, precision, student, teacher, labels, ends):
         divergence, beta = resolve(case.option("divergence"), case.option("beta"))
-        temperature = Real(1 if divergence == "mse" else case.option("temperature"))
+        of_logits = DEFINITIONS[divergence].of_logits
+        temperature = Real(1 if of_logits else case.option("temperature"))
         factor = temperature**2 if case.option("t_squared") else Real(1)
         disturbance = (student.disturbance + teacher.disturbance) / temperature
         formula = case.path in ("functorch", "create_graph")
@@ -278,7 +280,7 @@ class _SoftPart:
             + _PARTS * precision.ulp * term.parts
             + term.unsettled
             + extra_direction
-            + (2 * (tiny + of_formula) if divergence == "mse" else 0)  # denormal logits may be read as 0
+            + (2 * (tiny + of_formula) if of_logits else 0)  # denormal logits may be read as 0
             + disturbed(of_formula, term.base + term.parts)
         )
         same = case.teacher.form not in ("from_topk", "top_k")  # those go another way, with roundings of their own

@@ -27,6 +27,7 @@ def _variants():
 
 
 VARIANTS = _variants()
+BACKENDS = tuple(dict.fromkeys(name for name, _ in VARIANTS))
 # One divergence for each of the row kernel's two ways through a plain teacher: without a reference number of the row,
 # and with one, which are also those that are finite at p = 0 and that are not. test_divergences.py tests them all.
 KINDS = tuple(next(n for n, d in DIVERGENCES.items() if d.finite_at_zero is finite) for finite in (True, False))

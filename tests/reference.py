@@ -148,7 +148,7 @@ def _within(student, teacher, labels, *, temperature=1.0, alpha=0.5, size_of_par
     ``size_of_parts``: the soft gradient is measured by the two parts whose difference it is, which round on their own.
     """
     loss, gradient = loss_and_gradient(student, teacher, labels, temperature=temperature, alpha=alpha, **options)
-    dtype, size = student.dtype, 0.0
+    dtype, size, unsettled = student.dtype, 0.0, 0.0
     definition, beta = DEFINITIONS[options.get("divergence", "forward_kl")], options.get("beta")
     if definition.of_logits:
         temperature = 1.0
@@ -161,6 +161,8 @@ def _within(student, teacher, labels, *, temperature=1.0, alpha=0.5, size_of_par
             h = definition.d_log_q(Outcomes(log_p, log_q, beta))
             parts = [h, log_q.exp() * h.sum(-1, keepdim=True)]
         size = alpha * temperature * sum(float(part.norm()) for part in parts)
+        if definition.kinked:
+            unsettled = alpha * temperature * float(_of_unsettled_sign(log_p, log_q, dtype).norm())
         if definition.of_label:  # the second term has a distribution of its own
             size *= 1 + (definition.beta if beta is None else beta)
     if alpha < 1:
@@ -168,7 +170,14 @@ def _within(student, teacher, labels, *, temperature=1.0, alpha=0.5, size_of_par
         size += (1 - alpha) * float((softened(student, 1.0).exp() - onehot).norm())
     loss_bound = LOSS_BOUND[dtype] * (abs(float(loss)) + alpha * temperature**2)
     rounding = ROUNDING[dtype] * float(gradient.norm()) + SMALLEST[dtype] * math.sqrt(gradient.numel())
-    return loss, gradient, loss_bound, GRADIENT_BOUND[dtype] * size / len(student) + rounding
+    return loss, gradient, loss_bound, (GRADIENT_BOUND[dtype] * size + unsettled) / len(student) + rounding
+
+
+def _of_unsettled_sign(log_p, log_q, dtype):
+    """q where p and q are so close that rounding the logarithms decides on the sign of q - p, and 0 elsewhere."""
+    ulp = 2.0**-53 if dtype == torch.float64 else 2.0**-24
+    size = 1 + log_p.abs() + log_q.abs()
+    return log_q.exp() * ((log_q - log_p).abs() <= 8 * ulp * size)
 
 
 def topk_divergence(name, student, logits, indices, temperature, *, partition=None, beta=None):

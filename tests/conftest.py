@@ -33,12 +33,14 @@ BACKENDS = tuple(dict.fromkeys(name for name, _ in VARIANTS))
 KINDS = tuple(next(n for n, d in DIVERGENCES.items() if d.finite_at_zero is finite) for finite in (True, False))
 
 
+_NAMES = [f"{name}-{isa}" if isa else name for name, isa in VARIANTS]
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_generate_tests(metafunc):
     """The variants come last, so that a case runs on all of them in turn and the oracle answers it once."""
     if "variant" in metafunc.fixturenames:
-        ids = [f"{name}-{isa}" if isa else name for name, isa in VARIANTS]
-        metafunc.parametrize("variant", VARIANTS, ids=ids, indirect=True)
+        metafunc.parametrize("variant", VARIANTS, ids=_NAMES, indirect=True)
 
 
 @pytest.fixture
@@ -47,6 +49,21 @@ def variant(request):
     name, isa = request.param
     with pydistill.use_backend(name, isa=isa):
         yield request.param
+
+
+def every_path(*others):
+    """Parametrizes ``path``: "engine" on every variant, and the others, which do not depend on the backend, once."""
+    return pytest.mark.parametrize("path", [*VARIANTS, *others], ids=[*_NAMES, *others], indirect=True)
+
+
+@pytest.fixture
+def path(request):
+    """Which of the ways through the loss the test takes."""
+    if isinstance(request.param, str):
+        yield request.param
+    else:
+        with pydistill.use_backend(request.param[0], isa=request.param[1]):
+            yield "engine"
 
 
 @pytest.fixture(autouse=True)

@@ -4,9 +4,10 @@ import math
 
 import pytest
 import torch
-from conftest import KINDS
+from conftest import KINDS, every_path
 
 import pydistill
+from pydistill.formulas import DIVERGENCES
 
 N, C = 6, 9
 LABELS = torch.tensor([3, -100, 0, 8, 2, -100])
@@ -40,7 +41,12 @@ def run(student, teacher=None, labels=None, *, formula=False, **options):
     return loss.detach(), student.grad, metrics
 
 
-both_paths = pytest.mark.parametrize("formula", [False, True], ids=["engine", "formula"])
+both_paths = every_path("formula")
+
+
+@pytest.fixture
+def formula(path):
+    return path == "formula"
 
 
 @counted
@@ -56,7 +62,7 @@ def test_loss_items_counts_what_the_loss_divides_by(variant, options, soft, hard
 
 @counted
 @both_paths
-def test_metrics_of_every_path_name_the_same_denominators(variant, formula, options, soft, hard):
+def test_metrics_of_every_path_name_the_same_denominators(formula, options, soft, hard):
     options = {"labels": LABELS, "alpha": 0.5} | options
     student, teacher = torch.randn(2, N, C)
     for alpha in (0.0, 0.5, 1.0):
@@ -119,7 +125,7 @@ def test_loss_items_refuses(exception, words, arguments):
 @both_paths
 @pytest.mark.parametrize("why", ["ignored", "weight 0", "no rows"])
 @pytest.mark.parametrize("divergence", KINDS)
-def test_denominators_of_no_rows_are_0(variant, formula, divergence, why):
+def test_denominators_of_no_rows_are_0(formula, divergence, why):
     rows = 0 if why == "no rows" else 2
     student, teacher = torch.randn(2, rows, C)
     labels = torch.full((rows,), -100 if why == "ignored" else 1)
@@ -133,8 +139,8 @@ def test_denominators_of_no_rows_are_0(variant, formula, divergence, why):
 
 @both_paths
 @pytest.mark.parametrize("num_items", [0, 0.0, torch.tensor(0), (0, 0)], ids=["0", "0.0", "tensor", "pair"])
-@pytest.mark.parametrize("divergence", [*KINDS, "mse", "dkd"])
-def test_num_items_of_0_gives_0_whatever_the_rows_hold(variant, formula, divergence, num_items):
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_num_items_of_0_gives_0_whatever_the_rows_hold(formula, divergence, num_items):
     student, teacher = torch.randn(2, N, C)
     student[0], teacher[3, 2] = math.nan, math.inf
     options = {"divergence": divergence, "num_items": num_items}
@@ -145,7 +151,7 @@ def test_num_items_of_0_gives_0_whatever_the_rows_hold(variant, formula, diverge
 
 
 @both_paths
-def test_num_items_of_0_for_the_hard_term_leaves_the_soft_one(variant, formula):
+def test_num_items_of_0_for_the_hard_term_leaves_the_soft_one(formula):
     student, teacher = torch.randn(2, N, C)
     labels = torch.full((N,), -100)
     options = {"unlabeled": "distill", "temperature": 2.0, "formula": formula}
@@ -175,7 +181,7 @@ def test_num_items_of_0_behind_a_head(variant):
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("spoiled", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16])
-def test_row_without_a_term_has_gradient_0_whatever_it_holds(variant, formula, dtype, spoiled, reduction):
+def test_row_without_a_term_has_gradient_0_whatever_it_holds(formula, dtype, spoiled, reduction):
     student = torch.randn(N, C).to(dtype)
     labels = LABELS.clone()
     spoiled_row = labels == -100

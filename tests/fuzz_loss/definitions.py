@@ -165,6 +165,8 @@ def _largest(rows):
 def log_softmax(logits, temperature):
     """Of rows, shifted first, or large logits lose digits. NaN throughout for a row with NaN or +inf, or only -inf."""
     xp, scaled = library(logits), (logits - _largest(logits)[..., None]) / temperature
+    too_far = xp.isfinite(logits) & (scaled == -INF)  # a distance that the dtype cannot hold is not infinite
+    scaled = xp.where(too_far, xp.finfo(logits.dtype).min, scaled)
     return scaled - xp.log(xp.exp(scaled).sum(-1))[..., None]
 
 

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-import torch.nn.functional as F
 from conftest import KINDS
 from reference import assert_accurate, loss, loss_and_gradient
 from torch.autograd import gradcheck, gradgradcheck
@@ -114,18 +113,6 @@ class TestBackward:
         student, teacher = logits(torch.float32)
         distill(student, teacher, reduction="none").backward(make(torch.tensor(3.0)))
         close(student.grad, 3 * loss_and_gradient(student, teacher, LABELS, reduction="sum")[1])
-
-    @every_reduction
-    @every_dtype
-    def test_retain_graph(self, variant, reduction, dtype):
-        """The saved gradient is not scaled in place: a scaled backward leaves the next one right."""
-        student, teacher = logits(dtype)
-        value = distill(student, teacher, reduction=reduction)
-        gradients = [
-            torch.autograd.grad(value, student, k * torch.ones_like(value), retain_graph=True)[0] for k in (1, 8, 1)
-        ]
-        assert torch.equal(gradients[1], 8 * gradients[0])
-        assert torch.equal(gradients[2], gradients[0])
 
     @every_reduction
     @every_dtype
@@ -245,9 +232,11 @@ class TestInPlace:
         leaf, teacher = logits(dtype)
         value = distill(computed(leaf), teacher, reduction=reduction, inplace=True).sum()
         value.backward(retain_graph=True)
+        first = leaf.grad.clone()
         # The second message is torch's own, where the logits were saved for the pass in backward.
         with pytest.raises(RuntimeError, match=r"inplace=True allows one backward|modified by an inplace operation"):
             value.backward()
+        assert torch.equal(leaf.grad, first)
 
     @every_reduction
     @every_dtype
@@ -270,14 +259,16 @@ class TestInPlace:
             (lambda x: x[:N], lambda x: pydistill.SoftTargets.from_logits(x[:N]), "overwrite the teacher"),
         ],
     )
-    def test_memory_that_must_not_be_written(self, variant, student, teacher, message):
-        buffer = computed(torch.randn(N if teacher is None else N + 1, C, requires_grad=True))
+    @pytest.mark.parametrize(("dtype", "reduction"), [(torch.float32, "mean"), (torch.float16, "none")])
+    def test_memory_that_must_not_be_written(self, variant, dtype, reduction, student, teacher, message):
+        """At once, also where the gradient is written in backward: for float16 and "none"."""
+        buffer = computed(torch.randn(N if teacher is None else N + 1, C, dtype=dtype, requires_grad=True))
         kept = buffer.detach().clone()
         student = student(buffer)
         teacher = torch.randn(student.shape) if teacher is None else teacher(buffer)
         labels = torch.zeros(len(student), dtype=torch.int64)
         with pytest.raises(ValueError, match=message):
-            pydistill.distillation_loss(student, teacher, labels, inplace=True)
+            pydistill.distillation_loss(student, teacher, labels, inplace=True, reduction=reduction)
         assert torch.equal(buffer, kept)
 
     def test_neighbours_in_memory_are_left_alone(self, variant):
@@ -353,15 +344,6 @@ def test_float16_without_a_scaler_is_rounded_once(variant):
     pydistill.distillation_loss(student, teacher, labels, temperature=4.0).backward()
     _, want = loss_and_gradient(student, teacher, labels, temperature=4.0)
     assert (student.grad.double() - want).abs().max() <= 2.0**-11 * want.abs().max() + 2.0**-24
-
-
-def test_alpha_zero_is_cross_entropy(variant):
-    student, _ = logits(torch.float32)
-    value = pydistill.distillation_loss(student, None, LABELS, alpha=0.0)
-    value.backward()
-    exact = student.detach().clone().requires_grad_()
-    F.cross_entropy(exact, LABELS).backward()
-    close(student.grad, exact.grad)
 
 
 def test_teacher_from_inference_mode():

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import BACKENDS
 
 import pydistill
 from pydistill.engine import backend, compiled
@@ -64,47 +65,87 @@ def test_bad_choices(name, options, message):
         pass
 
 
-def test_environment(tmp_path):
-    code = "import pydistill as p; i = p.backend_info(); print(i.name, i.isa, i.reason)"
-    status, output = python(code, tmp_path, PYDISTILL_BACKEND="torch")
-    assert (status, output.strip()) == (0, "torch None PYDISTILL_BACKEND=torch")
-    status, output = python(code, tmp_path, PYDISTILL_BACKEND="fortran")
-    assert status != 0
-    assert "got 'fortran'" in output
-    status, output = python(code, tmp_path, PYDISTILL_BACKEND="torch", PYDISTILL_ISA="avx2")
-    assert status != 0
-    assert "only the compiled backend has variants" in output
+@pytest.fixture
+def choose(monkeypatch):
+    """What the environment chooses, read anew: (backend, reason)."""
+
+    def choose(**environment):
+        for name in ("PYDISTILL_BACKEND", "PYDISTILL_ISA"):
+            monkeypatch.delenv(name, raising=False)
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        return backend._default.__wrapped__()
+
+    return choose
 
 
-def test_isa_from_the_environment(tmp_path):
-    code = "import pydistill as p; i = p.backend_info(); print(i.name, i.isa, i.reason)"
-    if "compiled" not in {name for name, _ in _variants()}:
-        with pytest.raises(ImportError, match="without a working C"):
-            compiled.load_core()
-        return
-    status, output = python(code, tmp_path, PYDISTILL_ISA="portable")
-    assert (status, output.strip()) == (0, "compiled portable PYDISTILL_ISA=portable")
-    status, output = python(code, tmp_path, PYDISTILL_ISA="mmx")
-    assert status != 0
-    assert "got 'mmx'" in output
-
-
-def _variants():
-    from conftest import VARIANTS
-
-    return VARIANTS
-
-
-def test_without_the_core_the_fallback_is_announced(monkeypatch):
+@pytest.fixture
+def no_core(monkeypatch):
     def missing():
         raise ImportError("no compiled module")
 
     monkeypatch.setattr(backend, "_core", missing)
     monkeypatch.setattr(backend, "_make", backend._make.__wrapped__)
-    for name in ("PYDISTILL_BACKEND", "PYDISTILL_ISA"):
-        monkeypatch.delenv(name, raising=False)
+
+
+needs_core = pytest.mark.skipif("compiled" not in BACKENDS, reason="a build without the compiled core")
+
+
+def test_environment_chooses_the_backend(choose):
+    chosen, reason = choose(PYDISTILL_BACKEND="torch")
+    assert (chosen.name, chosen.isa, reason) == ("torch", None, "PYDISTILL_BACKEND=torch")
+
+
+@needs_core
+def test_environment_chooses_the_isa(choose):
+    chosen, reason = choose(PYDISTILL_ISA="portable")
+    assert (chosen.name, chosen.isa, reason) == ("compiled", "portable", "PYDISTILL_ISA=portable")
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"PYDISTILL_BACKEND": "fortran"}, "PYDISTILL_BACKEND=fortran in the environment: .*got 'fortran'"),
+        ({"PYDISTILL_BACKEND": "torch", "PYDISTILL_ISA": "avx2"}, "isa belongs to the compiled backend"),
+        pytest.param({"PYDISTILL_ISA": "mmx"}, "PYDISTILL_ISA=mmx in the environment: .*got 'mmx'", marks=needs_core),
+    ],
+)
+def test_bad_environment_is_named(choose, environment, message):
+    with pytest.raises(ValueError, match=message):
+        choose(**environment)
+
+
+def test_fresh_process_reads_the_environment(tmp_path):
+    code = """if True:
+        import os, torch, pydistill
+        try:
+            pydistill.distillation_loss(torch.zeros(1, 2), torch.zeros(1, 2), alpha=1.0)
+        except ValueError as error:
+            print(error)
+        os.environ["PYDISTILL_BACKEND"] = "torch"
+        print(pydistill.backend_info().name)
+    """
+    status, output = python(code, tmp_path, PYDISTILL_BACKEND="fortran")
+    first, second = output.splitlines()
+    assert status == 0
+    assert first.startswith("PYDISTILL_BACKEND=fortran in the environment")
+    assert second == "torch"
+
+
+@pytest.mark.skipif("compiled" in BACKENDS, reason="a build with the compiled core")
+def test_build_without_the_core_says_so():
+    with pytest.raises(ImportError, match="without a working C"):
+        compiled.load_core()
+
+
+def test_isa_without_the_core(choose, no_core):
+    with pytest.raises(ImportError, match="PYDISTILL_ISA=avx2 needs the compiled backend: no compiled module"):
+        choose(PYDISTILL_ISA="avx2")
+
+
+def test_without_the_core_the_fallback_is_announced(choose, no_core):
     with pytest.warns(RuntimeWarning, match="slower numba backend: no compiled module"):
-        chosen, reason = backend._default.__wrapped__()
+        chosen, reason = choose()
     assert (chosen.name, reason) == ("numba", "no compiled module")
 
 
@@ -125,10 +166,10 @@ def test_sources_in_a_checkout_use_the_installed_core():
     file, *_, name = output.split()
     assert status == 0
     assert Path(file) == ROOT / "pydistill" / "__init__.py"
-    assert name == _variants()[0][0]
+    assert name == BACKENDS[0]
 
 
-def test_sources_that_have_moved_on_are_noticed(tmp_path, monkeypatch):
+def test_sources_that_have_moved_on_are_noticed(tmp_path):
     source = tmp_path / "csrc"
     source.mkdir()
     for path in (ROOT / "csrc").iterdir():
@@ -137,5 +178,8 @@ def test_sources_that_have_moved_on_are_noticed(tmp_path, monkeypatch):
     assert same == compiled._hash_of_sources(ROOT / "csrc")
     (source / "scan.hpp").write_text("// changed")
     assert compiled._hash_of_sources(source) != same
-    if _variants()[0][0] == "compiled":
-        assert same == compiled.load_core().SOURCE_HASH
+
+
+@needs_core
+def test_core_was_made_of_these_sources():
+    assert compiled._hash_of_sources(ROOT / "csrc") == compiled.load_core().SOURCE_HASH

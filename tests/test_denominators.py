@@ -70,11 +70,14 @@ def test_metrics_of_every_path_name_the_same_denominators(formula, options, soft
         assert tuple(map(float, metrics.num_items)) == pytest.approx((soft, hard), rel=1e-6)
 
 
-def test_loss_items_add_up_over_micro_batches(variant):
+@pytest.mark.parametrize("divergence", KINDS)
+@pytest.mark.parametrize("unlabeled", ["skip", "distill"])
+def test_loss_items_add_up_over_micro_batches(variant, divergence, unlabeled):
     student, teacher = torch.randn(2, N, C, dtype=torch.float64)
     parts = (slice(0, 1), slice(1, 2), slice(2, N))  # the second has no row that counts
-    options = {"class_weight": CLASS_WEIGHT, "temperature": 2.0}
-    pairs = [pydistill.loss_items(LABELS[part], class_weight=CLASS_WEIGHT) for part in parts]
+    counted = {"class_weight": CLASS_WEIGHT, "unlabeled": unlabeled}
+    options = counted | {"divergence": divergence, "temperature": 2.0}
+    pairs = [pydistill.loss_items(LABELS[part], **counted) for part in parts]
     items = tuple(map(sum, zip(*pairs, strict=True)))
     whole, of_whole, _ = run(student, teacher, LABELS, **options)
     found = [run(student[p], teacher[p], LABELS[p], num_items=items, **options)[:2] for p in parts]

@@ -1,4 +1,4 @@
-"""DESIGN's table of edge cases, row by row and in its order, on every backend and ISA."""
+"""Edge cases that the documentation promises: zeros, infinities, NaN, masks, rows that do not count, large offsets."""
 
 import math
 import warnings
@@ -376,20 +376,6 @@ def test_shapes_and_devices_that_disagree(variant, student, others, words):
     assert ("movedim" in message) == ("movedim(1, -1)" in words)
 
 
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [("temperature", t) for t in (0.0, -1.0, INF, NAN, -INF)]
-    + [("alpha", a) for a in (-0.1, 1.1, NAN, INF)]
-    + [("beta", b) for b in (0.5, 0.0, 1)],
-)
-def test_option_out_of_range(variant, name, value):
-    student, teacher, labels = make(2, 5)
-    values = [value] if name == "beta" else [value, torch.tensor(value, dtype=torch.float64)]
-    for given, divergence in product(values, KINDS):
-        with pytest.raises(ValueError, match=rf"{name}.*{value}"):
-            pydistill.distillation_loss(student, teacher, labels, divergence=divergence, **{name: given})
-
-
 @both_kinds
 def test_missing_teacher_or_labels(variant, divergence):
     student, teacher, labels = make(2, 5)
@@ -401,22 +387,6 @@ def test_missing_teacher_or_labels(variant, divergence):
             pydistill.distillation_loss(student, None, labels, divergence=divergence, alpha=alpha)
     assert pydistill.distillation_loss(student, teacher, None, divergence=divergence, alpha=1.0) > 0
     assert pydistill.distillation_loss(student, None, labels, divergence=divergence, alpha=0.0) > 0
-
-
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        ({"student_logits": torch.zeros(2, 5, dtype=torch.int64)}, "student_logits must be float32.*int64"),
-        ({"student_logits": torch.zeros(2, 5, dtype=torch.bool)}, "student_logits must be float32.*bool"),
-        ({"teacher": torch.zeros(2, 5, dtype=torch.int32)}, "teacher must be float32.*int32"),
-        ({"temperature": torch.tensor(2.0, requires_grad=True)}, "temperature must not require a gradient"),
-        ({"alpha": torch.tensor(0.5, requires_grad=True)}, "alpha must not require a gradient"),
-    ],
-)
-def test_integer_logits_and_options_that_require_a_gradient(variant, arguments, words):
-    student, teacher, labels = make(2, 5)
-    with pytest.raises(TypeError, match=words):
-        pydistill.distillation_loss(**({"student_logits": student, "teacher": teacher, "labels": labels} | arguments))
 
 
 # --- Derivatives ----------------------------------------------------------------------------------------------
@@ -464,17 +434,6 @@ def test_backward_twice_with_a_retained_graph(variant, divergence, dtype, reduct
     for scale, gradient in zip((1, -2.5, 0, 1), gradients, strict=True):
         torch.testing.assert_close(gradient.double(), scale * want, **tolerance)
     assert torch.equal(gradients[0], gradients[3])
-
-
-@both_kinds
-@pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_backward_twice_without_a_retained_graph_is_torchs_error(variant, divergence, reduction):
-    student, teacher, labels = make(3, 5)
-    leaf = student.clone().requires_grad_()
-    loss = pydistill.distillation_loss(leaf, teacher, labels, divergence=divergence, reduction=reduction)
-    loss.sum().backward(inputs=[leaf])
-    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
-        loss.sum().backward()
 
 
 # --- Offsets beyond 2^31 --------------------------------------------------------------------------------------

@@ -1,7 +1,6 @@
 """Bad inputs: the exception's type and words, the same on every backend, and nothing written before it."""
 
 import math
-import os
 import re
 import subprocess
 import sys
@@ -40,10 +39,13 @@ BAD = [
     # options
     (ValueError, "divergence must be one of forward_kl, reverse_kl.* got 'kl'", {"divergence": "kl"}),
     (ValueError, "divergence must be one of .* got None", {"divergence": None}),
-    (ValueError, "beta must be None with divergence='forward_kl', which has no parameter; got 0.5", {"beta": 0.5}),
+    (ValueError, "beta: divergence 'forward_kl' has no parameter, got beta=0.5", {"beta": 0.5}),
+    (ValueError, "beta: divergence 'forward_kl' has no parameter, got beta=0", {"beta": 0}),
     (ValueError, "temperature must be positive and finite, got 0.0", {"temperature": 0}),
     (ValueError, "temperature must be positive and finite, got -2.0", {"temperature": -2.0}),
     (ValueError, "temperature must be positive and finite, got nan", {"temperature": torch.tensor(NAN)}),
+    (ValueError, "temperature must be positive and finite, got inf", {"temperature": INF}),
+    (ValueError, "temperature must be positive and finite, got -inf", {"temperature": -INF}),
     (ValueError, r"temperature must be a number or a 0-d tensor, got .*\(2,\)", {"temperature": torch.ones(2)}),
     (TypeError, "temperature must be a number or a 0-d tensor, got 'hot'", {"temperature": "hot"}),
     (TypeError, "temperature must be a number or a 0-d tensor, got None", {"temperature": None}),
@@ -51,6 +53,7 @@ BAD = [
     (ValueError, r"alpha.* must be in \[0, 1\], got 1.5", {"alpha": 1.5}),
     (ValueError, r"alpha.* must be in \[0, 1\], got -0.5", {"alpha": torch.tensor(-0.5)}),
     (ValueError, r"alpha.* must be in \[0, 1\], got nan", {"alpha": NAN}),
+    (ValueError, r"alpha.* must be in \[0, 1\], got inf", {"alpha": torch.tensor(INF)}),
     (TypeError, "alpha must be a number or a 0-d tensor, got True", {"alpha": True}),
     (TypeError, "alpha must not require a gradient", {"alpha": torch.tensor(0.5, requires_grad=True)}),
     (ValueError, r"label_smoothing must be in \[0, 1\], got 1.01", {"label_smoothing": 1.01}),
@@ -94,6 +97,7 @@ BAD = [
         "teacher must be a tensor of logits or SoftTargets, got ndarray",
         {"teacher": torch.ones(N, C).numpy()},
     ),
+    (TypeError, r"student_logits must be float32.*, got torch\.bool", {"student_logits": torch.ones(N, C).bool()}),
     (TypeError, r"teacher must be float32.*, got torch\.int64", {"teacher": torch.ones(N, C).long()}),
     (TypeError, "labels must be a tensor of class indices, got list", {"labels": [0, 1, 2, 3]}),
     (TypeError, r"labels must be .*int64 or int32, got torch\.float32", {"labels": torch.zeros(N)}),
@@ -214,64 +218,6 @@ def test_row_of_more_dimensions_is_counted_in_order(variant):
             pydistill.distillation_loss(logits, teacher, labels, sample_weight=weight)
 
 
-# --- inplace --------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("reduction", ["mean", "none"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["float32", "float16"])
-def test_inplace_refuses(variant, reduction, dtype):
-    leaf = torch.randn(N, C, dtype=dtype, requires_grad=True)
-    logits = leaf * 1.0
-    storage = torch.randn(3 * N * C, dtype=dtype)
-    overlapping = storage[: N * C].view(N, C).copy_(leaf)
-    cases = {
-        "student_logits, a leaf .* that requires a gradient": (leaf, good()["teacher"]),
-        "a leaf .or a view of one. that requires a gradient": (leaf.view(C, N).view(N, C), good()["teacher"]),
-        r"rows that do not overlap .*\(4, 5\) with strides \(0, 1\)": (logits[:1].expand(N, C), good()["teacher"]),
-        r"rows that do not overlap .* strides \(3, 1\)": (
-            (leaf.new_ones(40) * leaf.sum()).as_strided((N, C), (3, 1)),
-            good()["teacher"],
-        ),
-        "overwrite the teacher: teacher and student_logits overlap": (overlapping, storage[C : C + N * C].view(N, C)),
-        "overwrite the teacher": (logits, logits),
-    }
-    for words, (student, teacher) in cases.items():
-        before = student.detach().clone()
-        with pytest.raises(ValueError, match=words):
-            pydistill.distillation_loss(student, teacher, good()["labels"], inplace=True, reduction=reduction)
-        assert torch.equal(student, before)
-
-
-@pytest.mark.parametrize("reduction", ["mean", "none"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["float32", "float16"])
-def test_inplace_allows_one_backward(variant, reduction, dtype):
-    leaf = torch.randn(N, C, dtype=dtype, requires_grad=True)
-    rest = good()["teacher"], good()["labels"]
-
-    def total():
-        return pydistill.distillation_loss(leaf * 1.0, *rest, inplace=True, reduction=reduction).sum()
-
-    loss = total()
-    loss.backward(retain_graph=True)
-    first = leaf.grad.clone()
-    with pytest.raises(RuntimeError, match=r"one backward|modified by an inplace operation"):
-        loss.backward()
-    assert torch.equal(leaf.grad, first)
-    with pytest.raises(RuntimeError, match="second derivative"):
-        torch.autograd.grad(total(), leaf, create_graph=True)
-
-
-@pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_inplace_is_noticed_by_an_operation_that_saved_the_logits(variant, reduction):
-    leaf = torch.randn(N, C, requires_grad=True)
-    logits = leaf * 1.0
-    saved = logits.exp().sum() + (logits**2).sum()  # ** saves its input
-    loss = pydistill.distillation_loss(logits, good()["teacher"], good()["labels"], inplace=True, reduction=reduction)
-    loss.sum().backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        saved.backward()
-
-
 # --- Warnings -------------------------------------------------------------------------------------------------
 
 
@@ -319,17 +265,6 @@ def test_hint_when_the_classes_are_dimension_1():
     """For the teacher as for the labels."""
     with pytest.raises(ValueError, match=r"teacher\.movedim\(1, -1\)"):
         pydistill.distillation_loss(torch.randn(2, 5, 7), torch.randn(2, 7, 5), alpha=1.0)
-
-
-@pytest.mark.parametrize("setting", ["PYDISTILL_BACKEND", "PYDISTILL_ISA"])
-def test_error_names_the_environment(setting):
-    """Not some argument that the user never passed."""
-    code = "import torch, pydistill; pydistill.distillation_loss(torch.zeros(1, 2), torch.zeros(1, 2), alpha=1.0)"
-    environment = os.environ | {"PYDISTILL_BACKEND": "compiled", setting: "bogus"}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
-    assert done.returncode != 0
-    if setting == "PYDISTILL_BACKEND" or "ValueError" in done.stderr:  # without the core an ISA is an ImportError
-        assert f"{setting}=bogus" in done.stderr
 
 
 @pytest.mark.parametrize("value", ["no", 1, None])

@@ -127,19 +127,6 @@ def test_num_items_as_a_pair_of_tensors(variant):
 
 
 @both_kinds
-def test_num_items_adds_micro_batches_up_to_the_batch(variant, divergence):
-    student, teacher, labels = make(torch.float64)
-    options = {"divergence": divergence, "class_weight": CLASS_WEIGHT, "unlabeled": "distill"}
-    whole = pydistill.distillation_loss(student, teacher, labels, **options)
-    items = (6.0, float(CLASS_WEIGHT.double()[labels[labels >= 0]].sum()))
-    parts = [
-        pydistill.distillation_loss(student[rows], teacher[rows], labels[rows], num_items=items, **options)
-        for rows in (slice(0, 2), slice(2, 6))
-    ]
-    torch.testing.assert_close(sum(parts), whole, rtol=1e-12, atol=0)
-
-
-@both_kinds
 def test_rows_that_do_not_count_are_not_looked_at(variant, divergence):
     """The other rows give, to the bit, what they give alone; NaN and inf in these do not show."""
     student, teacher, labels = make()

@@ -18,15 +18,15 @@ TOLERANCE = {torch.float64: 1e-12, torch.float32: 3e-6, torch.bfloat16: 1e-2, to
 class Data:
     """A student's head, a teacher's head, labels; some rows do not count."""
 
-    def __init__(self, dtype=torch.float64, bias=True, rows=N):
+    def __init__(self, dtype=torch.float64, bias=True, rows=N, classes=C):
         torch.manual_seed(0)
         self.hidden = torch.randn(rows, H).to(dtype).requires_grad_()
-        self.weight = torch.randn(C, H).to(dtype).requires_grad_()
-        self.bias = torch.randn(C).to(dtype).requires_grad_() if bias else None
+        self.weight = torch.randn(classes, H).to(dtype).requires_grad_()
+        self.bias = torch.randn(classes).to(dtype).requires_grad_() if bias else None
         self.teacher = pydistill.LinearTeacher(
-            torch.randn(rows, TEACHER_H).to(dtype), torch.randn(C, TEACHER_H).to(dtype)
+            torch.randn(rows, TEACHER_H).to(dtype), torch.randn(classes, TEACHER_H).to(dtype)
         )
-        self.labels = torch.randint(C, (rows,))
+        self.labels = torch.randint(classes, (rows,))
         self.labels[[3, rows // 2, rows - 1]] = -100
         self.sample_weight = torch.rand(rows)
         self.sample_weight[5] = 0
@@ -201,7 +201,7 @@ def test_backward_twice_and_its_errors():
 
 
 def test_gradcheck_and_second_derivatives():
-    data = Data(rows=6)
+    data = Data(rows=6, classes=9)
 
     def loss(*leaves):
         data.hidden, data.weight, data.bias = leaves

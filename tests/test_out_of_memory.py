@@ -35,6 +35,8 @@ def loss_and_gradient(case, leaf, teacher, labels):
 
 def fail_until_it_works(case, rows, teacher, labels):
     failures, first_size = 0, None
+    gc.collect()
+    gc.freeze()  # what was imported need not be looked through at every step: that took most of the time
     for step in itertools.count():
         gc.collect()
         release()

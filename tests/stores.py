@@ -1,4 +1,4 @@
-"""What the tests of the store share: inputs, a teacher, forms of data, what a folder holds, and read-only folders."""
+"""Shared by the tests of the store: inputs, a teacher, forms of data, the contents of a folder, read-only folders."""
 
 import os
 from contextlib import contextmanager
@@ -66,7 +66,7 @@ def read_only(folder):
 
 
 class Items(Dataset):
-    """Not in memory, as far as anyone can tell. ``change`` is added to the item of its number."""
+    """A Dataset that does not show its tensors; 1 is added to the item number ``change``."""
 
     def __init__(self, inputs, change=None):
         self.inputs, self.change = inputs, change

@@ -110,7 +110,7 @@ def some_temperatures(number, step=2):
 
 @both_kinds
 @every_dtype
-def test_sizes(variant, divergence, dtype):
+def test_rows_of_every_size_are_accurate(variant, divergence, dtype):
     for i, c in enumerate(SIZES):
         for temperature in some_temperatures(i, step=3):
             case = make("normal", 1, c, dtype)
@@ -120,7 +120,7 @@ def test_sizes(variant, divergence, dtype):
 @both_kinds
 @every_dtype
 @pytest.mark.parametrize("content", CONTENTS)
-def test_contents(variant, divergence, dtype, content):
+def test_every_kind_of_logits_is_accurate(variant, divergence, dtype, content):
     wide = (content, divergence) == ("huge", "reverse_kl")  # float32 cannot hold even the exact gradient so well
     for i, c in enumerate((10, 2500), start=list(CONTENTS).index(content)):
         for temperature in some_temperatures(i):
@@ -133,7 +133,7 @@ def test_contents(variant, divergence, dtype, content):
 @both_kinds
 @every_dtype
 @pytest.mark.parametrize("alpha", [0.0, 1.0])
-def test_one_term_alone(variant, divergence, dtype, alpha):
+def test_each_term_alone_is_accurate(variant, divergence, dtype, alpha):
     for i, content in enumerate(("normal", "near", "peaked", "shifted")):
         for temperature in some_temperatures(i):
             case = make(content, 2, 1100, dtype)
@@ -149,7 +149,7 @@ def test_one_term_alone(variant, divergence, dtype, alpha):
 @both_kinds
 @every_dtype
 @pytest.mark.parametrize("teacher_dtype", DTYPES, ids=name)
-def test_teacher_of_any_dtype(variant, divergence, dtype, teacher_dtype):
+def test_teacher_of_any_dtype_is_accurate(variant, divergence, dtype, teacher_dtype):
     options = {"divergence": divergence, "temperature": 2.0, "alpha": 0.7}
     for c in (5, 33, 1500):
         student, teacher, labels = make("normal", 3, c, dtype, teacher_dtype)
@@ -165,7 +165,7 @@ def test_teacher_of_any_dtype(variant, divergence, dtype, teacher_dtype):
     [(32000, torch.float32), (32000, torch.bfloat16), (130000, torch.float32), (130001, torch.float64)],
     ids=name,
 )
-def test_large_rows(variant, divergence, classes, dtype):
+def test_large_rows_are_accurate(variant, divergence, classes, dtype):
     for content in ("normal", "peaked", "rising"):
         case = make(content, 2, classes, dtype)
         check(content, *case, divergence=divergence, temperature=4.0, alpha=0.7)
@@ -184,7 +184,7 @@ def test_gradient_larger_than_the_cache(variant):
 @both_kinds
 @every_dtype
 @pytest.mark.parametrize("content", ["normal", "peaked", "huge", "rising", "falling"])
-def test_identical_inputs(variant, divergence, dtype, content):
+def test_identical_inputs_have_a_loss_of_0(variant, divergence, dtype, content):
     """The loss is exactly 0; the gradient, a difference of two roundings, is within its bound."""
     for i, c in enumerate((1, 7, 40, 900, 4000)):
         for temperature in some_temperatures(i, step=3):
@@ -210,7 +210,7 @@ def test_divergence_is_not_negative(variant, divergence, dtype):
 
 
 def torch_loss(student, teacher, labels, divergence, temperature, alpha):
-    """What one writes with torch's own operations, per row, in the dtype of the inputs."""
+    """The loss per row in torch's own operations, in the dtype of the inputs."""
     log_q, log_p = ((x / temperature).log_softmax(-1) for x in (student, teacher))
     if divergence == "forward_kl":
         soft = F.kl_div(log_q, log_p, log_target=True, reduction="none")
@@ -255,7 +255,7 @@ def run_torch(student, teacher, labels, **options):
 
 
 def errors(got, want, *case, **options):
-    """Of each row's loss and gradient, in the units of the contract's bounds: (2, rows)."""
+    """Errors of each row's loss and gradient, in the units of the contract's bounds: (2, rows)."""
     loss_unit, gradient_unit = units(*case, **options)
     loss_unit = want[0].abs() + loss_unit
     return torch.stack([(got[0] - want[0]) / loss_unit, (got[1] - want[1]).norm(dim=1) / gradient_unit])
@@ -263,7 +263,7 @@ def errors(got, want, *case, **options):
 
 @remembers
 def units(student, teacher, labels, *, temperature, alpha, **options):
-    """What the contract's bounds multiply: of the loss, besides its own size, and of the gradient."""
+    """Units of the contract's bounds: of the loss, without the loss's own size, and of the gradient."""
     q, p, once = (softened(x, t).exp() for x, t in ((student, temperature), (teacher, temperature), (student, 1)))
     gradient_unit = alpha * temperature * (q.norm(dim=1) + p.norm(dim=1))
     gradient_unit += (1 - alpha) * (once - F.one_hot(labels, student.shape[1])).norm(dim=1)

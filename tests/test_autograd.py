@@ -316,7 +316,7 @@ class TestLossScaler:
     SCALE = 65536.0
 
     def error(self, gradient, want):
-        """Of the scaled gradient as the optimizer sees it, unscaled in float32."""
+        """Relative error of the scaled gradient after the optimizer has divided it by the scale, in float32."""
         return (gradient.double() / self.SCALE - want).norm() / want.norm()
 
     @pytest.mark.parametrize("inplace", [False, True])
@@ -366,7 +366,7 @@ def test_teacher_from_inference_mode():
 
 
 def test_forward_mode_takes_the_formula():
-    """A tangent is never dropped."""
+    """The tangent is used, and not dropped silently."""
     import torch.autograd.forward_ad as forward_ad
 
     student, teacher, tangent = torch.randn(6, 5), torch.randn(6, 5), torch.randn(6, 5)
@@ -394,8 +394,8 @@ def test_batched_backward(reduction):
 
 
 @pytest.mark.parametrize("name", ["class_weight", "labels"])
-def test_inplace_spares_what_shares_its_memory(name):
-    """Not only the teacher."""
+def test_inplace_refuses_logits_that_overlap_another_input(name):
+    """Any other input, not only the teacher."""
     student = torch.rand(8, 8, dtype=torch.float64, requires_grad=True) * 1
     shared = student.detach()[0] if name == "class_weight" else student.detach().view(torch.int64)[:, 0]
     others = {"labels": torch.zeros(8, dtype=torch.int64)} | {name: shared}
@@ -403,7 +403,7 @@ def test_inplace_spares_what_shares_its_memory(name):
         pydistill.distillation_loss(student, torch.randn(8, 8), inplace=True, **others)
 
 
-def test_inplace_note_tells_of_a_copy():
+def test_backend_info_says_when_inplace_had_to_copy():
     """backend_info says when the logits' storage could not be used."""
     student = (torch.randn(5, 6, requires_grad=True) * 1).T
     pydistill.distillation_loss(student, torch.randn(6, 5), alpha=1.0, inplace=True).backward()

@@ -67,7 +67,7 @@ def test_bad_choices(name, options, message):
 
 @pytest.fixture
 def choose(monkeypatch):
-    """What the environment chooses, read anew: (backend, reason)."""
+    """A function that reads the environment anew and returns ``(backend, reason)``."""
 
     def choose(**environment):
         for name in ("PYDISTILL_BACKEND", "PYDISTILL_ISA"):

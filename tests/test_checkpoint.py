@@ -265,7 +265,7 @@ def test_every_kind_of_value(tmp_path):
 
 
 def run_state(folder, data):
-    """What makes a Trainer with all that a checkpoint can hold, and the state of its checkpoint."""
+    """A function that makes a Trainer with everything that a checkpoint can hold, and the state of its checkpoint."""
 
     def make():
         torch.manual_seed(0)
@@ -375,7 +375,7 @@ class TestChangedStates:
             make().fit(data, data, epochs=3, batch_size=16, resume=True)
 
     def test_any_place_of_the_state(self, tmp_path, data, monkeypatch):
-        """Whatever is missing or of another type: the run goes on, or a ValueError says what is wrong."""
+        """If any entry is missing or of another type, the run goes on or a ValueError says what is wrong."""
         make, state = run_state(tmp_path, data)
         outcomes = []
         monkeypatch.setattr("os.fsync", lambda descriptor: None)  # of 5 seconds it would take 3

@@ -47,7 +47,7 @@ def computed(student, *args, **options):
 @every_divergence
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("near", [False, True])
-def test_definition(variant, divergence, dtype, near):
+def test_value_and_gradient_are_as_defined(variant, divergence, dtype, near):
     for i, (c, temperature, scale) in enumerate(CASES):
         alpha = (0.7, 1.0)[(i + near) % 2]
         student, teacher, labels = inputs(3, c, scale, dtype, near)
@@ -57,7 +57,7 @@ def test_definition(variant, divergence, dtype, near):
 
 @every_divergence
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_weights_and_ignored_rows(variant, divergence, dtype):
+def test_weights_and_ignored_rows_count_as_defined(variant, divergence, dtype):
     student, teacher, labels = inputs(6, 40, dtype=dtype)
     labels[1] = -100
     options = {"divergence": divergence, "temperature": 2.5, "alpha": 0.6, "label_smoothing": 0.1}
@@ -95,7 +95,7 @@ def test_equal_rows_are_exactly_0(variant, divergence):
 
 
 @pytest.mark.parametrize("divergence", TEMPERED)
-def test_huge_logits(variant, divergence):
+def test_huge_logits_are_finite_and_right(variant, divergence):
     """1e4 apart: finite, and right."""
     student, teacher, labels = inputs(3, 20)
     for shift in (1e4, -1e4):
@@ -126,7 +126,7 @@ def test_class_masked_in_both_does_not_exist(variant, divergence):
 
 @every_divergence
 def test_class_masked_in_the_student_alone(variant, divergence):
-    """Infinite or the limit, as the definition says, and the gradient finite but for the square of an infinity."""
+    """The loss is infinite or the limit, as defined; the gradient is finite, except that of an infinite square."""
     student, teacher, labels = inputs(3, 9)
     labels[:] = 4
     student[0, 7] = -math.inf
@@ -297,7 +297,7 @@ class TestMse:
 
 
 class TestDerivatives:
-    """Of the engine in float64 by finite differences, and of the formula to the second order."""
+    """Derivatives of the engine in float64 by finite differences, and of the formula to the second order."""
 
     @every_divergence
     @pytest.mark.parametrize("backend", BACKENDS)

@@ -33,7 +33,7 @@ def test_public_names_have_examples(name):
 
 
 def run_readme_block(number):
-    """What one of the README's three code blocks leaves behind, and what it prints."""
+    """Run one of the README's three code blocks; returns its namespace and its output."""
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     assert len(blocks) == 3
     namespace, printed = {}, io.StringIO()

@@ -284,7 +284,7 @@ def test_inplace_that_is_no_bool(variant, value):
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
 def test_tensor_whose_storage_was_freed(variant, name, dtype):
-    """As FSDP frees its parameters: without the check it is a read at address 0."""
+    """FSDP frees parameters like this; without the check the kernel would read at address 0."""
     call = {
         "student_logits": torch.randn(N, C, dtype=dtype),
         "teacher": torch.randn(N, C, dtype=dtype),

@@ -347,7 +347,7 @@ class TestRunning:
         assert not torch.is_inference_mode_enabled()
 
     def test_latency_is_the_time_of_a_call(self, monkeypatch):
-        """By a clock that stands still but for the models' own work."""
+        """Measured with a clock that only the models move."""
         now = 0.0
         monkeypatch.setattr(time, "perf_counter", lambda: now)
 

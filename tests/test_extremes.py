@@ -1,4 +1,4 @@
-"""The ends of every range: beta, temperature, the size of logits and of the loss; what a NaN must spoil."""
+"""The ends of every range: beta, temperature, sizes of logits and loss; which rows a NaN makes NaN."""
 
 import math
 
@@ -56,7 +56,7 @@ def compute(path):
 @wide
 @pytest.mark.parametrize("beta", BETAS)
 @pytest.mark.parametrize("divergence", MIXTURES)
-def test_beta_near_its_ends(compute, divergence, beta, dtype):
+def test_beta_near_its_ends_is_accurate(compute, divergence, beta, dtype):
     """1 - (1 - beta) had been 88.03 instead of 18.42 at beta = 1e-8, and NaN for jsd near 1."""
     far = torch.tensor([[0.0, 30.0], [30.0, 0.0], [0.0, -1e4], [0.0, 0.0]], dtype=dtype)
     cases = [(far, far.flip(0)), (far, far.flip(1)), (torch.zeros(1, 2, dtype=dtype), far[2:3])]
@@ -122,7 +122,7 @@ def test_beta_that_float32_cannot_hold():
 @wide
 @pytest.mark.parametrize("temperature", [0.05, 0.3, 20.0, 1000.0])
 @pytest.mark.parametrize("divergence", BOUNDED)
-def test_temperature(variant, divergence, temperature, dtype):
+def test_extreme_temperatures_are_accurate(variant, divergence, temperature, dtype):
     for scale in (0.1, 3.0, 100.0):
         student, teacher = scale * torch.randn(2, 3, 600, dtype=dtype)
         options = {"divergence": divergence, "temperature": temperature, "alpha": 1.0}

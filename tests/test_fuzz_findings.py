@@ -84,8 +84,8 @@ def test_top_k_teacher_in_float64_of_large_logits(compute, dtype):
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_float16_head_with_large_weights(variant, monkeypatch, reduction):
-    """As where products in float16 are native: its gradient had been infinite in them."""
-    monkeypatch.setattr("pydistill.engine.head.has_native_products", lambda dtype: True)
+    """With native float16 products, whose gradient was infinite."""
+    monkeypatch.setattr("pydistill.engine.head._native", lambda dtype: True)
     hidden, weight = (torch.randn(shape).half().requires_grad_() for shape in ((3, 4), (5, 4)))
     teacher, labels, w = torch.randn(3, 5), torch.tensor([1, 4, 0]), torch.tensor([9e5, 5e5, 2e3])
     options = {"sample_weight": w, "class_weight": torch.tensor([1.0, 75.0, 0.0, 1.0, 3.0]), "reduction": reduction}
@@ -187,7 +187,7 @@ def test_top_k_of_lowest_logits(variant, k):
 
 @paths
 def test_dkd_of_two_classes_has_no_gradient_within_the_other(compute):
-    """However large beta is: it had left beta * 2^-24 there."""
+    """Also for a large beta: a gradient of beta * 2^-24 was left there."""
     student, teacher, label = torch.tensor([[0.3, -0.2]]), torch.tensor([[1.0, 0.4]]), torch.tensor([0])
     want = compute(student, teacher, label, divergence="dkd", alpha=1.0, beta=0.0)
     got = compute(student, teacher, label, divergence="dkd", alpha=1.0, beta=1e6)

@@ -1,4 +1,4 @@
-"""What ``import pydistill`` loads besides torch: nothing that takes long, nothing that is an extra."""
+"""``import pydistill`` loads no module besides torch that takes long or belongs to an extra."""
 
 import json
 import subprocess

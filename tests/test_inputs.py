@@ -70,7 +70,7 @@ every_layout = pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: lay
 @both_kinds
 @every_dtype
 @every_layout
-def test_layouts(variant, divergence, dtype, layout):
+def test_every_layout_is_accurate(variant, divergence, dtype, layout):
     student, teacher, labels = make(dtype)
     for s, t in ((layout(student), teacher), (student, layout(teacher))):
         assert not (s.is_contiguous() and t.is_contiguous())
@@ -125,7 +125,7 @@ def test_gradient_through_views_reaches_the_leaf(variant):
 
 @every_dtype
 @pytest.mark.parametrize("classes", [5, 333])
-def test_alignment(variant, dtype, classes):
+def test_every_alignment_is_accurate(variant, dtype, classes):
     """Rows that begin off every boundary of 16, 32 and 64 bytes, next to NaN; another offset for the teacher."""
     labels = torch.randint(classes, (2,))
     for offset in (0, 1, 2, 3, 5, 8, 15, 16, 31):

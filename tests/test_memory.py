@@ -67,7 +67,7 @@ def test_memory_is_freed_with_the_loss(variant, reduction, backward):
 
 
 def flags(address):
-    """What the kernel was told about the pages there."""
+    """The kernel's flags of the memory mapping that holds the address."""
     inside = False
     for line in Path("/proc/self/smaps").read_text().splitlines():
         if match := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):

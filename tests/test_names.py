@@ -1,4 +1,4 @@
-"""What `import pydistill` gives: functions, and submodules that need not be imported by name."""
+"""Names in `pydistill`: functions, and submodules that are imported when they are first used."""
 
 import subprocess
 import sys

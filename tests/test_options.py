@@ -98,7 +98,7 @@ CASES = {
 
 @both_kinds
 @pytest.mark.parametrize("options", CASES.values(), ids=CASES)
-def test_options(variant, divergence, options):
+def test_options_agree_with_the_reference(variant, divergence, options):
     for reduction in REDUCTIONS:
         check(torch.float32, divergence=divergence, reduction=reduction, **options)
 
@@ -185,7 +185,7 @@ def test_class_weights_of_0_are_0_over_0_as_in_torch(variant):
 
 
 def test_a_schedule_changes_the_result_at_every_step():
-    """Over more values than the compiled backend's table of options keeps."""
+    """Also with more values than the compiled backend's table of options keeps."""
     student, teacher, labels = make()
     for step in range(300):
         alpha = step / 299
@@ -211,7 +211,7 @@ def numbers(metrics):
 @both_kinds
 @every_reduction
 @pytest.mark.parametrize("name", ["defaults", "temperature", "everything", "alpha 0", "alpha 1", "t_squared"])
-def test_loss_terms(variant, divergence, reduction, name):
+def test_metrics_hold_the_terms_of_the_loss(variant, divergence, reduction, name):
     student, teacher, labels = make()
     options = CASES[name] | {"divergence": divergence, "reduction": reduction}
     alpha = options.get("alpha", 0.5)
@@ -338,7 +338,7 @@ class Subclass(torch.Tensor):
 @every_reduction
 @pytest.mark.parametrize("name", CASES)
 def test_torch_formula_agrees(divergence, reduction, name):
-    """What runs for subclasses, other devices and functorch has the same options and metrics."""
+    """The formula for subclasses, other devices and functorch has the same options and metrics as the engine."""
     student, teacher, labels = make(torch.float64)
     options = CASES[name] | {"divergence": divergence, "reduction": reduction}
     labels = options.pop("labels", labels)

@@ -1,4 +1,4 @@
-"""Shipping: a student on disk that is whole whatever happens, and a student that is filled as a whole or not at all."""
+"""Students are saved and loaded atomically, whatever interrupts it."""
 
 import copy
 import errno
@@ -595,7 +595,7 @@ class TestUnchangedOnError:
 
 
 class Killed(BaseException):
-    """What no except clause of the library catches: the process is gone at this point."""
+    """Stands for the end of the process: no except clause of the library catches it."""
 
 
 class Interrupt:

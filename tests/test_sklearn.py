@@ -62,7 +62,7 @@ def wine():
 
 @pytest.fixture
 def given(monkeypatch):
-    """What every trainer is given: a list of (loss, data), in the order of the calls."""
+    """The arguments of every Trainer: a list of (loss, data), in the order of the calls."""
     calls = []
     fit = pydistill.Trainer.fit
 
@@ -202,10 +202,10 @@ class TestWhatTheStudentIsGiven:
         assert (model.classes_[labels] == names).all()
         assert (model.classes_[targets.logits.argmax(-1)] == names).mean() > 0.9
         assert (model.predict(X) == names).mean() > 0.9
-        assert model.teacher_.score(X, names) > 0.9  # it speaks of the labels themselves
+        assert model.teacher_.score(X, names) > 0.9  # it predicts the labels themselves
 
     @pytest.mark.parametrize("names", [["white", "red", "rose"], [1, 2, 3]])
-    def test_xgboost_learns_the_codes_and_speaks_of_the_labels(self, wine, given, names):
+    def test_xgboost_learns_codes_and_predicts_the_labels(self, wine, given, names):
         X, y = wine
         names = np.array(names)[y]
         model = quick(xgboost_teacher(), epochs=20).fit(X, names)
@@ -364,7 +364,7 @@ class TestSampleWeight:
     @pytest.mark.parametrize("teacher", [LogisticRegression(), KNeighborsClassifier(), RandomForestClassifier(5)])
     @pytest.mark.parametrize("form", ["array", "list", "frame"])
     def test_rows_of_weight_zero_do_not_exist(self, wine, teacher, form):
-        """Whatever they hold: another class, NaN. The model is the same to the bit."""
+        """The model is the same to the bit, even if they hold another class or NaN."""
         X, y = wine
         rows = np.sort(np.random.RandomState(0).permutation(len(y))[:150])
         want = quick(teacher).fit(X[rows], y[rows], sample_weight=np.ones(150))

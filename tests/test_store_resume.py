@@ -138,10 +138,8 @@ class TestResume:
         with pytest.raises(ValueError, match=r"is damaged: logits.npy"):
             TeacherStore.build(tmp_path, teacher, inputs, batch_size=16)
 
-    def test_manifest_is_replaced_only_after_all_that_it_speaks_of_is_on_disk(
-        self, tmp_path, inputs, teacher, monkeypatch
-    ):
-        """What a power failure leaves behind: no test can make one, so the order of the calls has to do."""
+    def test_rows_are_synced_to_disk_before_the_manifest_records_them(self, tmp_path, inputs, teacher, monkeypatch):
+        """A test cannot cut the power, so it checks the order of the calls."""
         dirty, calls, before = set(), [], []
         fsync, replace, write_at = os.fsync, os.replace, writer._write_at
 

@@ -488,7 +488,7 @@ class TestInputs:
         got = soft_targets(Named(), frame, labels).logits
         torch.testing.assert_close(got, soft_targets(LogisticRegression(), X, y).logits, rtol=1e-3, atol=1e-3)
 
-    def test_missing_values_are_the_estimators_affair(self, wine):
+    def test_missing_values_are_passed_through_to_the_estimator(self, wine):
         X, y = wine
         X = np.where(np.arange(X.size).reshape(X.shape) % 7 == 3, np.nan, X)
         with pytest.raises(ValueError, match="Input X contains NaN"):

@@ -100,7 +100,7 @@ def test_four_python_threads_at_once(variant):
 
 
 def in_child(function, timeout=30):
-    """What the function returns in a forked child; a child that hangs is ended and fails the test."""
+    """The result of the function in a forked child; a child that hangs is killed and fails the test."""
     receiver, sender = FORK.Pipe(duplex=False)
     child = FORK.Process(target=lambda: sender.send(function()))
     child.start()

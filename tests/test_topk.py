@@ -43,7 +43,7 @@ def wanted(student, targets, labels, divergence, temperature, alpha, weight=None
 
 @every_form
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
-def test_definition(variant, divergence, tail, dtype):
+def test_value_and_gradient_are_as_defined(variant, divergence, tail, dtype):
     tolerance = {torch.float64: 1e-12, torch.float32: 3e-6, torch.bfloat16: 6e-3, torch.float16: 8e-4}[dtype]
     for n, c, k, temperature, alpha in ((3, 7, 1, 1.0, 0.7), (4, 40, 8, 2.5, 1.0), (2, 1300, 64, 4.0, 0.6)):
         student, teacher, labels = batch(n, c, dtype)

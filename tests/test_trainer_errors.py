@@ -1,4 +1,4 @@
-"""What the Trainer refuses, and in which words."""
+"""Arguments that the Trainer refuses, and its error messages."""
 
 import functools
 import math

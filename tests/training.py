@@ -1,4 +1,4 @@
-"""What the tests of the Trainer share: data, students and trainers."""
+"""Shared by the tests of the Trainer: data, students and trainers."""
 
 import torch
 from torch import nn

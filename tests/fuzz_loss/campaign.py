@@ -32,7 +32,7 @@ PATIENCE = 180.0  # with one call, the compilation of a numba kernel and a shrin
 
 
 def variants(backend=None, isa=None):
-    """``(backend, isa)`` of every way in which this machine can run the loss, or of those that are asked for."""
+    """``(backend, isa)`` for every way in which this machine can run the loss, or for the chosen ones."""
     from pydistill.engine import compiled
 
     try:

@@ -79,7 +79,7 @@ class Teacher:
     logit_scale: float = 1.0
 
     def make(self, given):
-        """What is passed to the loss; every tensor of it is noted in ``given``, a list."""
+        """The teacher as it is passed to the loss; all of its tensors are appended to the list ``given``."""
 
         def take(placed):
             tensor = None if placed is None else placed.tensor()
@@ -143,7 +143,7 @@ class Case:
 
     @property
     def dtype(self):
-        """Of the student."""
+        """The student's dtype."""
         return (self.student or self.head.weight).values.dtype
 
     @property

@@ -59,7 +59,7 @@ def product(weight, factor):
 
 
 def difference(a, b):
-    """Of log-probabilities; 0 where both are -inf."""
+    """a - b of log-probabilities; 0 where both are -inf."""
     where, none = library(a).where, (a == -INF) & (b == -INF)
     return where(none, 0, a) - where(none, 0, b)
 
@@ -163,7 +163,7 @@ def _largest(rows):
 
 
 def log_softmax(logits, temperature):
-    """Of rows, shifted first, or large logits lose digits. NaN throughout for a row with NaN or +inf, or only -inf."""
+    """log_softmax of rows, shifted first so that large logits keep their digits; NaN where a row has no softmax."""
     xp, scaled = library(logits), (logits - _largest(logits)[..., None]) / temperature
     too_far = xp.isfinite(logits) & (scaled == -INF)  # a distance that the dtype cannot hold is not infinite
     scaled = xp.where(too_far, xp.finfo(logits.dtype).min, scaled)

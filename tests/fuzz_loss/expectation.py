@@ -1,4 +1,4 @@
-"""What a call must give, and how far from it a correct result may be: the contract of the losses, in long double.
+"""Expected results in long double, and the bounds of their errors: the contract of the losses.
 
 The bounds are the contract's, row by row. With q, p and onehot of the row, ``scale`` its weight over the denominator:
 

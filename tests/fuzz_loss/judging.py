@@ -1,4 +1,4 @@
-"""What is wrong with a result."""
+"""Compare a result with the contract."""
 
 import itertools
 from dataclasses import dataclass, replace
@@ -39,7 +39,7 @@ def judge(case: Case, result: Result, wanted=None) -> Finding | None:
 
 
 class Readings:
-    """Those of a case, computed when they are asked for and kept for the next backend."""
+    """The readings of a case, computed on first use and kept for the next backend."""
 
     def __init__(self, case):
         self._made, self._others = [], expectation.readings(case)

@@ -134,7 +134,7 @@ def _first_maximum(values):
 
 
 def wrong_targets(teacher) -> str | None:
-    """What SoftTargets made of a teacher, if it is wrong: compared with what was given."""
+    """A message if the SoftTargets differ from the teacher that they were made of, else None."""
     if teacher.form in ("logits", "LinearTeacher"):
         return None
     targets, given = teacher.make([]), teacher.values.values

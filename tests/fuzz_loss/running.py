@@ -12,7 +12,7 @@ from .case import Case
 
 @dataclass
 class Result:
-    """What came out. gradients: by the leaf's name; written: names of inputs that were written to."""
+    """Outputs of a call. gradients: by the leaf's name; written: names of inputs that were written to."""
 
     loss: Tensor | tuple | None = None
     gradients: dict = field(default_factory=dict)
@@ -21,7 +21,7 @@ class Result:
     error: Exception | None = None
 
     def same_bits(self, other) -> bool:
-        """Whether loss and gradients are the same to the bit, but for which NaN it is."""
+        """Whether loss and gradients are the same to the bit; any NaN equals any other."""
         pairs = [(self.loss, other.loss), *((g, other.gradients[n]) for n, g in self.gradients.items())]
         return all(torch.equal(_bits(a), _bits(b)) for a, b in pairs)
 

@@ -137,7 +137,7 @@ def _with(case, name, placed):
 
 
 def _parts(n):
-    """What to keep of n: halves, quarters, all but one."""
+    """Subsets of n to keep: halves, quarters, all but one."""
     whole = list(range(n))
     size = n // 2
     while size >= 1:

@@ -227,7 +227,7 @@ def test_probability_warning_is_given_once_in_a_process(monkeypatch):
     call = good() | {"teacher": torch.randn(N, C).softmax(-1)}
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        with pytest.raises(IndexError):
+        with pytest.raises(IndexError, match="row 0 holds 5"):
             pydistill.distillation_loss(**(call | {"labels": torch.full((N,), C)}))
         for name, isa in VARIANTS * 2:
             with pydistill.use_backend(name, isa=isa):

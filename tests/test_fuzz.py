@@ -174,11 +174,10 @@ def test_oracle_agrees_with_the_reference_of_top_k_teachers():
             and case.teacher.k < case.classes < 100
         )
 
+    compared = 0
     for case in cases("top k", suits, 60):
         case = case.with_options(alpha=1.0, reduction="none", num_items=None, t_squared=False, unlabeled=None)
         case = type(case)(**(vars(case) | {"labels": None, "sample_weight": None, "grad_output": 1.0}))
-        if case.option("reduction") != "none" or case.rows.numel() == 0:
-            continue
         targets, temperature = case.teacher.make([]), case.option("temperature")
         flat = [x.reshape(-1, x.shape[-1]) for x in (case.student.values.double(), targets.logits, targets.indices)]
         partition = targets.log_partitions[temperature].reshape(-1) if targets.tail == "bucket" else None
@@ -187,6 +186,8 @@ def test_oracle_agrees_with_the_reference_of_top_k_teachers():
         )
         got = next(iter(judging.Readings(case)))
         assert np.allclose(np.asarray(got.soft, np.float64), want.numpy(), rtol=1e-9, atol=1e-9), case
+        compared += case.rows.numel() > 0
+    assert compared > 50
 
 
 # --- What is printed, and what is refused ---------------------------------------------------------------------

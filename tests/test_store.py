@@ -751,7 +751,7 @@ class TestErrors:
             with pytest.raises(ValueError, match="other data"):
                 TeacherStore.open(folder, data=inputs)
 
-    @pytest.mark.parametrize(
+    ROWS_FOR_BATCHES = pytest.mark.parametrize(
         "form",
         [
             lambda rows: rows,
@@ -764,23 +764,29 @@ class TestErrors:
         ],
         ids=["list", "arrays", "pairs", "lists", "loader", "stream", "iterable"],
     )
+    NO_BATCHES = r"data must give batches of rows, .*its batch 0 has shape \(7,\).* stack or pad them to one tensor"
+
+    @ROWS_FOR_BATCHES
     @pytest.mark.parametrize("lengths", [(7, 7, 7), (7, 5, 9)])
     def test_rows_that_are_taken_for_batches(self, tmp_path, form, lengths):
         """A list of texts' tokens: each tensor would become as many rows as it has tokens."""
         tokens = [torch.randint(50, (length,)) for length in lengths]
-        model = nn.Embedding(50, CLASSES)
-        message = r"data must give batches of rows, .*its batch 0 has shape \(7,\).* stack or pad them to one tensor"
-        with pytest.raises(ValueError, match=message):
-            TeacherStore.build(tmp_path, model, form(tokens))
+        with pytest.raises(ValueError, match=self.NO_BATCHES):
+            TeacherStore.build(tmp_path, nn.Embedding(50, CLASSES), form(tokens))
         assert not contents(tmp_path)
-        if lengths == (7, 7, 7):  # as the message says
-            built = TeacherStore.build(tmp_path, model, torch.stack(tokens), dtype="float32")
-            assert built.shape == (3, 7, CLASSES)
-            with pytest.raises(ValueError, match=message):
-                TeacherStore.open(tmp_path, data=form(tokens))
-            assert_same_targets(
-                TeacherStore.build(tmp_path / "items", model, Items(tokens), dtype="float32")[:], built[:]
-            )
+
+    def test_rows_are_stacked_as_the_message_says(self, tmp_path):
+        tokens, model = [torch.randint(50, (7,)) for _ in range(3)], nn.Embedding(50, CLASSES)
+        built = TeacherStore.build(tmp_path / "stacked", model, torch.stack(tokens), dtype="float32")
+        assert built.shape == (3, 7, CLASSES)
+        assert_same_targets(TeacherStore.build(tmp_path / "items", model, Items(tokens), dtype="float32")[:], built[:])
+
+    @ROWS_FOR_BATCHES
+    def test_a_store_is_not_opened_with_rows_for_batches(self, tmp_path, form):
+        tokens = [torch.randint(50, (7,)) for _ in range(3)]
+        TeacherStore.build(tmp_path, nn.Embedding(50, CLASSES), torch.stack(tokens), dtype="float32")
+        with pytest.raises(ValueError, match=self.NO_BATCHES):
+            TeacherStore.open(tmp_path, data=form(tokens))
 
     @pytest.mark.parametrize(
         "form",

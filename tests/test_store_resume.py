@@ -266,7 +266,7 @@ class TestReadOnlyFolder:
             TeacherStore.build(shared_folder, teacher, inputs, batch_size=16)
         teacher._forward_pre_hooks.clear()
         before = contents(shared_folder)
-        with read_only(shared_folder), pytest.raises(PermissionError):
+        with read_only(shared_folder), pytest.raises(PermissionError, match="Permission denied"):
             TeacherStore.build(shared_folder, teacher, inputs, batch_size=16)
         assert contents(shared_folder) == before
         built = TeacherStore.build(shared_folder, teacher, inputs, batch_size=16)

@@ -608,7 +608,7 @@ class TestModules:
         cnn = Watching().train()
         cnn.layers[1].eval()
         teacher_outputs(cnn, images)
-        with pytest.raises(RuntimeError):
+        with pytest.raises(RuntimeError, match="mat1 and mat2 shapes"):
             teacher_outputs(cnn, images[:, :, :5])
         assert [m.training for m in cnn.layers] == [True, False, True, True, True, True]
         assert cnn.training

@@ -281,7 +281,7 @@ class TestEvaluateAndPredict:
 
     def test_predict_restores_the_mode_after_an_error(self, data):
         student = mlp()
-        with pytest.raises(RuntimeError):
+        with pytest.raises(RuntimeError, match="mat1 and mat2 shapes"):
             trainer_for(student).predict(data[0][:, :2])
         assert student.training
 

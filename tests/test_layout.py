@@ -9,7 +9,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FLOORS = (
     "_files _torch_modules _wording _arguments _version _base_classes _core < formulas < targets < engine < functional "
-    "< linear < losses < teachers < store < trainer callbacks evaluation shipping < sklearn skorch < demo < cli < __main__"
+    "< linear < losses < teachers < store < trainer callbacks evaluation shipping < sklearn skorch < demo < cli "
+    "< __main__"
 )
 FLOOR = {name: number for number, names in enumerate(FLOORS.split("<")) for name in names.split()}
 USERS = {"demo", "cli"}  # which may import the package as a whole

@@ -249,14 +249,14 @@ class TestInPlace:
     @pytest.mark.parametrize(
         ("student", "teacher", "message"),
         [
-            (lambda x: x.detach().requires_grad_(), None, r"a leaf \(or a view of one\)"),
-            (lambda x: x.detach().requires_grad_()[1:], None, r"a leaf \(or a view of one\)"),
+            (lambda x: x.detach().requires_grad_(), None, "must not be a leaf, or a view of a leaf"),
+            (lambda x: x.detach().requires_grad_()[1:], None, "must not be a leaf, or a view of a leaf"),
             (lambda x: x[:1].expand(N, C), None, r"do not overlap in memory.*strides \(0, 1\)"),
             (lambda x: x.as_strided((N, C), (1, 1)), None, r"do not overlap in memory.*strides \(1, 1\)"),
             (lambda x: x.as_strided((N, C), (C - 1, 1)), None, r"do not overlap in memory.*strides \(4, 1\)"),
-            (lambda x: x, lambda x: x.detach(), "overwrite the teacher"),
-            (lambda x: x[:N], lambda x: x.detach()[1 : N + 1], "overwrite the teacher"),
-            (lambda x: x[:N], lambda x: pydistill.SoftTargets.from_logits(x[:N]), "overwrite the teacher"),
+            (lambda x: x, lambda x: x.detach(), "teacher must not share memory"),
+            (lambda x: x[:N], lambda x: x.detach()[1 : N + 1], "teacher must not share memory"),
+            (lambda x: x[:N], lambda x: pydistill.SoftTargets.from_logits(x[:N]), "teacher must not share memory"),
         ],
     )
     @pytest.mark.parametrize(("dtype", "reduction"), [(torch.float32, "mean"), (torch.float16, "none")])
@@ -399,7 +399,7 @@ def test_inplace_refuses_logits_that_overlap_another_input(name):
     student = torch.rand(8, 8, dtype=torch.float64, requires_grad=True) * 1
     shared = student.detach()[0] if name == "class_weight" else student.detach().view(torch.int64)[:, 0]
     others = {"labels": torch.zeros(8, dtype=torch.int64)} | {name: shared}
-    with pytest.raises(ValueError, match=f"overwrite the {name}"):
+    with pytest.raises(ValueError, match=f"{name} must not share memory"):
         pydistill.distillation_loss(student, torch.randn(8, 8), inplace=True, **others)
 
 

@@ -39,8 +39,8 @@ BAD = [
     # options
     (ValueError, "divergence must be one of forward_kl, reverse_kl.* got 'kl'", {"divergence": "kl"}),
     (ValueError, "divergence must be one of .* got None", {"divergence": None}),
-    (ValueError, "beta: divergence 'forward_kl' has no parameter, got beta=0.5", {"beta": 0.5}),
-    (ValueError, "beta: divergence 'forward_kl' has no parameter, got beta=0", {"beta": 0}),
+    (ValueError, "beta must be None with divergence='forward_kl', which has no parameter; got 0.5", {"beta": 0.5}),
+    (ValueError, "beta must be None with divergence='forward_kl', which has no parameter; got 0", {"beta": 0}),
     (ValueError, "temperature must be positive and finite, got 0.0", {"temperature": 0}),
     (ValueError, "temperature must be positive and finite, got -2.0", {"temperature": -2.0}),
     (ValueError, "temperature must be positive and finite, got nan", {"temperature": torch.tensor(NAN)}),

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from conftest import KINDS
 
 import pydistill
+from pydistill.engine.options import NAMES, LossKeywords
 
 NAN = math.nan
 N, C = 6, 9
@@ -395,6 +396,18 @@ def test_module_options_may_be_overridden_and_changed():
         criterion(student, teacher, labels)
 
 
+def test_the_four_signatures_agree():
+    functions = (pydistill.distillation_loss, pydistill.linear_distillation_loss)
+    modules = (pydistill.DistillationLoss.__init__, pydistill.LinearDistillationLoss.__init__)
+    first, *others = ({k: v for k, v in f.__kwdefaults__.items() if k in NAMES} for f in (*functions, *modules))
+    assert all(list(other.items()) == list(first.items()) for other in others)
+    assert set(first) == set(NAMES)
+    for function, module in zip(functions, modules, strict=True):  # student_bias belongs to a call
+        assert module.__kwdefaults__ == {k: v for k, v in function.__kwdefaults__.items() if k != "student_bias"}
+    hints = LossKeywords.__annotations__
+    assert {name: hints[name] for name in NAMES} == {name: functions[0].__annotations__[name] for name in NAMES}
+
+
 def test_module_repr_and_buffers():
     assert repr(pydistill.DistillationLoss()) == "DistillationLoss()"
     criterion = pydistill.DistillationLoss(
@@ -413,7 +426,7 @@ def test_module_repr_and_buffers():
         ({"alpha": 1.5}, "alpha.*1.5"),
         ({"temperature": 0.0}, "temperature.*0.0"),
         ({"divergence": "kl"}, "divergence.*'kl'"),
-        ({"beta": 0.5}, "beta=0.5"),
+        ({"beta": 0.5}, "beta.*0.5"),
         ({"reduction": "batchmean"}, "mean"),
         ({"num_items": 2, "reduction": "sum"}, "num_items"),
     ],

@@ -1,7 +1,7 @@
 """The measured parts of README.md and docs/benchmarks.md, written from results.json.
 
-Both files have places marked ``<!-- bench NAME -->`` ... ``<!-- end -->``. Everything between the two is replaced by
-the block of that name, so that no measured number is typed by hand.
+Both files have places marked ``<!-- bench NAME -->`` ... ``<!-- end -->``. Everything between the two markers is
+replaced by the block of that name, so that no measured number is typed by hand.
 """
 
 import math
@@ -43,7 +43,7 @@ def fill(text: str, made: dict[str, str]) -> str:
 
 
 def blocks(results: dict) -> dict[str, str]:
-    """All blocks by name. The results must hold the default cases."""
+    """Return all blocks by name. The results must contain the default cases."""
     cases = {result["name"]: result["contestants"] for result in results["cases"]}
     return {
         "headline": _headline(cases),
@@ -67,13 +67,14 @@ def _headline(cases):
         f"**{_shape(_BASE)} logits (rows x classes), forward and backward, float32, one thread: {ratios[0]:.0f} times "
         f"as fast as `kl_div + cross_entropy`, {ratios[2]:.0f} times as fast as the fastest formula under "
         "`torch.compile`. "
-        f"Peak memory above the inputs: {our_memory:.1f} buffers of the logits' size instead of {memory:.1f}, and "
-        f"{in_place:.1f} with `inplace=True`. Relative error of the gradient: {our_error:.1e} instead of {error:.1e}.**"
+        f"Peak memory above the inputs: {our_memory:.1f} times the size of the student's logits, instead of "
+        f"{memory:.1f} for `kl_div + cross_entropy`, and {in_place:.1f} with `inplace=True`. Relative error of the "
+        f"gradient: {our_error:.1e}, instead of {error:.1e}.**"
     )
 
 
 def _alternatives(contestants):
-    """The three columns of the README: of the two compiled formulas the faster one."""
+    """The three columns of the README; "compiled" is the faster of the two compiled formulas."""
     compiled = min(("compiled tutorial", "compiled best eager"), key=lambda name: contestants[name]["ms"])
     names = {"tutorial": "tutorial", "best eager": "best eager", "compiled": compiled}
     return {column: contestants[name] for column, name in names.items()}
@@ -105,8 +106,9 @@ def _caveats(cases):
     items = [
         "- **New memory.** A gradient of 8 MiB or more reuses the memory of the previous step's gradient, as in a "
         f"training loop. A step on new memory, such as the first one, takes {new:.1f} times as long ({_shape(_BASE)}).",
-        "- **Huge pages.** Much of the lead over eager torch at many classes is page faults. If torch allocates huge "
-        f"pages too (`THP_MEM_ALLOC_ENABLE=1`), the speed-ups for {_shape(_BASE)} are {', '.join(changes)}.",
+        "- **Huge pages.** Much of the lead over eager torch at many classes comes from page faults in eager torch. If "
+        f"torch allocates huge pages too (`THP_MEM_ALLOC_ENABLE=1`), the speed-ups for {_shape(_BASE)} are "
+        f"{', '.join(changes)}.",
     ]
     return "\n".join(map(_wrapped, items))
 
@@ -166,7 +168,7 @@ def _heads(cases):
 
 def _all_times(results):
     """Median milliseconds of the main contestants in every case."""
-    columns = [*ALTERNATIVES, "pydistill", "pydistill in place", "limit"]
+    columns = [*ALTERNATIVES, "pydistill", "pydistill in place", "limit", "limit in place"]
     rows = []
     for result in results:
         of = result["contestants"]
@@ -176,7 +178,7 @@ def _all_times(results):
 
 
 def _wrapped(text):
-    """Lines of at most 118 characters; those after the first of a list's item are indented."""
+    """Wrap into lines of at most 118 characters; the further lines of a list item are indented."""
     return textwrap.fill(text, 118, subsequent_indent="  " * text.startswith("- "), break_on_hyphens=False)
 
 
@@ -191,7 +193,7 @@ def _shape(case):
 
 
 def _spread(contestant):
-    """Median milliseconds with both quartiles; files from before the quartiles were stored have the median alone."""
+    """Median milliseconds with both quartiles; the median alone for older files, which have no quartiles."""
     if contestant is None:
         return ""
     median, quartiles = _milliseconds(contestant["ms"]), contestant.get("ms quartiles")

@@ -14,8 +14,8 @@ def heading(machine: dict) -> str:
         [
             f"{machine['date']}: {machine['cpu']}, {machine['cores']} cores, {machine['system']}",
             f"Python {machine['python']}, torch {machine['torch']}, numpy {machine['numpy']}, numba {machine['numba']}"
-            f", pydistill {machine['pydistill']} on {machine['backend']} ({machine['isa']}); "
-            f"huge pages: {_huge_pages(machine['huge pages'])}",
+            f", pydistill {machine['pydistill']}",
+            f"backend {machine['backend']} ({machine['isa']}); huge pages: {_huge_pages(machine['huge pages'])}",
         ]
     )
 
@@ -26,7 +26,7 @@ def _huge_pages(setting: str) -> str:
 
 
 def threads(result: dict) -> int:
-    """Number of threads of a case. Older files have no such field; there the name of the case has the number."""
+    """Number of threads of a case. Older files have no such field; the number is then taken from the case's name."""
     return result.get("threads") or parse(result["name"]).threads
 
 
@@ -35,7 +35,7 @@ def legend() -> str:
 
 
 def table(result: dict) -> str:
-    """The table of one case: for each contestant its time, its time / pydistill's time, peak memory and error."""
+    """The table of one case: time, time / pydistill's time, peak memory and error of each contestant."""
     count = threads(result)
     lines = [
         f"\n{result['name']}  ({count} thread{'s' * (count > 1)}, {result['pairs']} rounds)",
@@ -86,7 +86,7 @@ def _line(ratio, case, name):
 
 
 def compare(old: dict, new: dict) -> str:
-    """The cases that two runs share. Compares ratios within each run, because the speed of a machine changes."""
+    """Compare the cases that two runs share, by ratios within each run, because the speed of a machine changes."""
     before = {(result["name"], threads(result)): result["contestants"] for result in old["cases"]}
     shared = [result for result in new["cases"] if (result["name"], threads(result)) in before]
     if not shared:

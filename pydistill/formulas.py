@@ -128,6 +128,7 @@ class Divergence:
         beta: default of the parameter; None if there is none. It may be at most ``largest_beta``.
         ends: the divergences that it equals at beta = 0 and at beta = 1, if it equals another one there.
         zeros: whether the teacher's probabilities may be 0.
+        pointwise: whether D is a sum over classes of ``value``.
         finite_at_zero: whether D is finite where p = 0 and q > 0; found by evaluating ``value`` there.
         top_k: the values of a top-k teacher's ``tail`` that it supports. With "renormalize" most classes have p = 0.
     """
@@ -140,12 +141,14 @@ class Divergence:
     largest_beta: float = 1.0
     ends: tuple[DivergenceName | None, DivergenceName | None] = (None, None)
     zeros: bool = True
+    pointwise: bool = field(init=False, default=False)
     finite_at_zero: bool = field(init=False, default=True)
     top_k: tuple[Literal["renormalize", "bucket"], ...] = field(init=False, default=())
 
     def __post_init__(self) -> None:
         if self.value is _no_sum:
             return
+        object.__setattr__(self, "pointwise", True)
         at_zero = self.value(point(torch.tensor(-math.inf), torch.tensor(0.5).log(), self.beta))
         object.__setattr__(self, "finite_at_zero", math.isfinite(at_zero))
         object.__setattr__(self, "top_k", ("renormalize", "bucket") if self.finite_at_zero else ("bucket",))

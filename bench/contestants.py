@@ -22,7 +22,7 @@ from pydistill.engine.backend import NAMES
 from pydistill.engine.compiled import load_core
 from pydistill.formulas import DIVERGENCES
 
-_LARGE = 1 << 23
+_LARGE = 1 << 23  # elements
 
 LEGEND = {
     "tutorial": "kl_div + cross_entropy",
@@ -56,8 +56,8 @@ class Contestant(NamedTuple):
     context: Callable = nullcontext
 
 
-def contestants(case) -> tuple[dict[str, Contestant], dict[str, str]]:
-    """The contestants of a case by name, and for each missing one the reason."""
+def contestants(case: Case) -> tuple[dict[str, Contestant], dict[str, str]]:
+    """Return the contestants of a case by name, and the reason for each contestant that is missing."""
     head = case.hidden > 0
     eager = formulas(case)
     found, missing = {}, {}
@@ -93,13 +93,13 @@ def contestants(case) -> tuple[dict[str, Contestant], dict[str, str]]:
         if large and case != Case():
             missing[f"pydistill {name}"] = "for large cases measured in the base case only, to save a third of the time"
         else:
-            found[f"pydistill {name}"] = Contestant(step, context=partial(_single, name, case.threads))
+            found[f"pydistill {name}"] = Contestant(step, context=partial(_use_backend, name, case.threads))
     _add_limits(case, found, missing)
     return found, missing
 
 
-def isa_contestants(case) -> dict[str, Contestant]:
-    """pydistill on each instruction-set variant that this CPU can run."""
+def isa_contestants(case: Case) -> dict[str, Contestant]:
+    """Return pydistill with each instruction-set variant that this CPU can run."""
     step = _stepper(case, partial(_pydistill, {"temperature": case.temperature, "alpha": case.alpha}))
     return {
         f"pydistill {isa}": Contestant(step, context=partial(pydistill.use_backend, "compiled", isa=isa))
@@ -113,18 +113,18 @@ def _without_kept_memory():
     yield
 
 
-def release_kept_memory():
+def release_kept_memory() -> None:
     """Release the memory of a freed gradient that the compiled core keeps for the next step."""
     if pydistill.backend_info().name == "compiled":
         load_core().GradientMemory.release()
 
 
-def _single(name, threads):
+def _use_backend(name, threads):
     return pydistill.use_backend(name, **({"threads": threads} if name == "numba" else {}))
 
 
-def formulas(case):
-    """The formulas that users write in torch, by name."""
+def formulas(case: Case) -> dict[str, Callable]:
+    """Return the formulas that users write in torch, by name."""
     T, alpha = case.temperature, case.alpha
 
     def hard(s, y):
@@ -175,7 +175,7 @@ def _pydistill_head(options, hidden, weight, teacher_hidden, teacher_weight, y):
 
 
 def _add_head_limits(case, found, options):
-    """The matrix products that every loss with a linear head needs, and pydistill with a teacher that needs none."""
+    """Add the matrix products that every loss with a linear head needs, and pydistill with a teacher without them."""
 
     def products(leaves, constants):
         hidden, weight = (x.detach() for x in leaves)

@@ -81,7 +81,7 @@ def _alternatives(contestants):
 
 
 def _times(cases, machine):
-    """The README's table: milliseconds of a step."""
+    """Return the README's table: milliseconds of a step."""
     rows = []
     spread = " (first to third quartile)" if "ms quartiles" in cases[_BASE]["pydistill"] else ""
     title = (
@@ -201,7 +201,7 @@ def _spread(contestant):
 
 
 def _milliseconds(x):
-    """Three significant digits, but at most three decimals and always all digits before the point."""
+    """Format with three significant digits, at most three decimals, and all digits before the point."""
     magnitude = math.floor(math.log10(float(f"{x:.3g}")))
     return f"{x:,.{min(3, max(0, 2 - magnitude))}f}"
 

@@ -4,6 +4,7 @@ Each function takes (student_logits, teacher_logits, labels, T, beta) and return
 factor T^2.
 """
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -12,8 +13,8 @@ import torch.nn.functional as F
 from pydistill.formulas import DIVERGENCES, log_softened, point
 
 
-def soft_term(divergence):
-    """The function of this module with the divergence's name, or else its definition in the registry."""
+def soft_term(divergence: str) -> Callable[..., torch.Tensor]:
+    """Return this module's function for a divergence, or else one made of its definition in pydistill.formulas."""
     return globals().get(divergence) or partial(_defined, DIVERGENCES[divergence].value)
 
 

@@ -1,4 +1,4 @@
-"""Number of instructions that the core executes, counted by valgrind: a busy machine does not change it.
+"""Number of instructions that the core executes, counted by valgrind. Unlike time, it is the same on a busy machine.
 
 ``python -m bench.instructions`` builds core_bench and compares its counts with bench/instructions.json. It fails if a
 count differs by more than 3 % in either direction: a faster kernel needs a new record (``--record``). Counts depend on
@@ -62,7 +62,7 @@ def _build(folder):
 
 
 def _per_element(program, rows, classes, calls) -> float:
-    """Instructions per element, from the difference of two runs, in which the start and the inputs cancel."""
+    """Count instructions per element, as a difference of two runs, in which start-up and making the inputs cancel."""
     few, many = (_instructions(program, rows, classes, n) for n in (1, 1 + calls))
     return (many - few) / (calls * rows * classes)
 

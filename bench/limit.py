@@ -5,17 +5,20 @@ import os
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 
 import torch
 
-_PAST_CACHE_BYTES = 32 << 20  # from this size on stores bypass the cache; the same value as in csrc/evaluate.cpp
+from bench.cases import Case
+
+_PAST_CACHE_BYTES = 32 << 20  # larger gradients are stored past the cache; kPastCacheBytes in csrc/evaluate.cpp
 
 
 @lru_cache(maxsize=1)
-def load():
-    """Compile limit.cpp: ``(function, None)``, or ``(None, reason)`` if that is not possible."""
+def load() -> tuple[Callable | None, str | None]:
+    """Compile limit.cpp. Return ``(function, None)``, or ``(None, reason)`` if that is not possible."""
     compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
     if compiler is None:
         return None, "no C++ compiler was found; set CXX"
@@ -42,8 +45,8 @@ def load():
     return move, None
 
 
-def step(move, case, in_place):
-    """A contestant's step that reads the bytes of student and teacher and writes the bytes of the gradient."""
+def step(move: Callable, case: Case, in_place: bool) -> Callable:
+    """Make a contestant's step that reads the bytes of student and teacher and writes the bytes of the gradient."""
     size = torch.finfo(case.torch_dtype).bits // 8
     floats = case.elements * size // 4
     buffer = None if in_place or not case.backward else torch.zeros(floats)

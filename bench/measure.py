@@ -10,21 +10,21 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from bench.cases import README_SHAPES
+from bench.cases import README_SHAPES, Case
 from bench.contestants import TopkTeacher, formulas, release_kept_memory
 from pydistill import top_k
 
 TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2, "float16": 2e-2}
 _CHECKED_ROWS = 64
-_MEMORY_ELEMENTS = 1 << 22  # in smaller cases the allocator's own memory hides the peak
-_LARGE_ELEMENTS = 1 << 23  # larger cases have a small number of rounds
+_MEMORY_ELEMENTS = 1 << 22  # in smaller cases the peak is less than the memory that allocators keep
+_LARGE_ELEMENTS = 1 << 23  # larger cases have few rounds
 
 
-def make_inputs(case):
-    """``(leaves, constants)`` of a case.
+def make_inputs(case: Case) -> tuple[tuple, tuple]:
+    """Make the ``(leaves, constants)`` of a case.
 
-    The leaves are the student's logits, or its hidden states and weight if the case has a head. The constants are the
-    same of the teacher, and the labels.
+    The leaves are the student's logits, or its hidden states and weight if the case has a head. The constants are
+    the same tensors of the teacher, and the labels.
     """
     generator = torch.Generator().manual_seed(0)
 
@@ -44,16 +44,16 @@ def make_inputs(case):
     return (student.requires_grad_(),), (teacher, labels)
 
 
-def fresh(leaves):
-    """Copies that are not leaves, like the outputs of a model, so that inplace=True may overwrite them."""
+def fresh(leaves: tuple) -> tuple:
+    """Copy the leaves. The copies are not leaves, like a model's outputs, so that inplace=True may overwrite them."""
     return tuple(x.clone() for x in leaves)
 
 
 class Exact(NamedTuple):
     """Float64 reference of a case.
 
-    ``gradients``: of the first rows, or of all rows with a linear head. ``kl`` and ``cross_entropy``, if the case is
-    forward only: the loss with and without the teacher's entropy.
+    ``gradients`` holds the gradients of the first rows, or of all rows if the case has a linear head. If the case is
+    forward only, ``kl`` and ``cross_entropy`` are the loss with and without the teacher's entropy.
     """
 
     gradients: tuple = ()
@@ -61,8 +61,8 @@ class Exact(NamedTuple):
     cross_entropy: float = 0.0
 
 
-def exact(case, leaves, constants) -> Exact:
-    """The reference with which every contestant of the case is compared."""
+def exact(case: Case, leaves: tuple, constants: tuple) -> Exact:
+    """Compute the reference with which every contestant of the case is compared."""
     if not case.backward:
         return Exact((), *(_exact_loss(case, *leaves, *constants, is_kl) for is_kl in (True, False)))
     if case.hidden:
@@ -77,7 +77,7 @@ def exact(case, leaves, constants) -> Exact:
 
 
 def error(case, contestant, leaves, constants, want: Exact) -> float:
-    """Relative error against float64, of the gradients in norm, or of the loss if the case is forward only."""
+    """Compute the relative error against float64: of the gradients in norm, or of the loss if there are none."""
     with contestant.context():
         loss, gradients = contestant.step(fresh(leaves), constants)
     if gradients is None and (case.backward or loss is None):
@@ -98,7 +98,7 @@ def _exact_gradient(case, s, t, y):
 
 
 def _gradient_of_eager(case, student, teacher, labels):
-    """Gradient of the eager formula by autograd in float64."""
+    """Compute the gradient of the eager formula by autograd in float64."""
     rows = slice(_CHECKED_ROWS)
     leaf = student.detach()[rows].double().requires_grad_()
     teacher = TopkTeacher(teacher.targets[rows], None) if case.k else teacher[rows].double()
@@ -117,7 +117,7 @@ def _exact_loss(case, s, t, y, value_is_kl):
 
 
 def seconds(contestant, leaves, constants) -> float:
-    """Time of one step on a fresh copy of the logits; the contestant's backend is chosen before the clock starts."""
+    """Time one step on a fresh copy of the leaves; the contestant's backend is chosen before the clock starts."""
     leaves = fresh(leaves)
     with contestant.context():
         start = time.perf_counter()
@@ -128,9 +128,9 @@ def seconds(contestant, leaves, constants) -> float:
 
 
 def paired_times(contestants, inputs, pairs, progress):
-    """Times by contestant. Every round runs each contestant once, so that a slow moment affects all of them alike.
+    """Time all contestants. Every round runs each of them once, so that a slow moment affects all of them alike.
 
-    The order changes in every round: a small step is a sixth faster after one that left the same code in the cache.
+    The order changes in every round, because a small step is a sixth faster after a step that ran the same code.
     """
     times = {name: [] for name in contestants}
     order, shuffle = list(contestants), random.Random(0).shuffle
@@ -142,9 +142,10 @@ def paired_times(contestants, inputs, pairs, progress):
 
 
 def number_of_pairs(case, contestants, inputs, budget) -> int:
-    """Number of rounds: as many as fit into ``budget`` seconds, but at least 30 if a round takes under a second.
+    """Choose the number of rounds: as many as fit into ``budget`` seconds, at least 30 if a round takes under a second.
 
-    Large cases have 3 rounds. Those in the README, whose quartiles are shown, have as many as fit into ten budgets.
+    Large cases have 3 rounds. Large cases of the README, which shows their quartiles, have as many as fit into 10
+    budgets.
     """
     large = case.elements > _LARGE_ELEMENTS
     if large and case.name not in README_SHAPES:
@@ -156,20 +157,20 @@ def number_of_pairs(case, contestants, inputs, budget) -> int:
 
 
 def median_and_quartiles(values) -> tuple[float, float, float]:
-    """Median, first and third quartile."""
+    """Return the median, and the first and third quartile."""
     low, middle, high = statistics.quantiles(values, n=4)
     return middle, low, high
 
 
 def ratio(times, slow, fast) -> tuple[float, float, float]:
-    """Median and quartiles of the paired ratios ``slow / fast``."""
+    """Return the median and quartiles of the paired ratios ``slow / fast``."""
     return median_and_quartiles([a / b for a, b in zip(times[slow], times[fast], strict=True)])
 
 
 def peak_buffers(case, contestant, leaves, constants) -> float | None:
-    """Peak resident memory of one step above that before it, in buffers of the size of the logits.
+    """Measure by how much one step raises the peak resident memory, in buffers of the size of the logits.
 
-    None for small cases, and on other systems than Linux.
+    Return None for small cases, and on systems other than Linux.
     """
     resets = Path("/proc/self/clear_refs")
     if case.elements < _MEMORY_ELEMENTS or not resets.exists():

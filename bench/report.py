@@ -21,7 +21,7 @@ def heading(machine: dict) -> str:
 
 
 def _huge_pages(setting: str) -> str:
-    """The chosen value of a setting that Linux shows as ``always [madvise] never``."""
+    """Return the chosen value of a setting that Linux shows as ``always [madvise] never``."""
     return setting.partition("[")[2].partition("]")[0] or setting
 
 
@@ -62,7 +62,7 @@ def scaling(results: dict) -> str:
 
 
 def leads(results: list[dict]) -> str:
-    """The alternatives that are faster than pydistill in any case, and the five smallest leads of pydistill."""
+    """List the alternatives that are faster than pydistill in any case, and the five smallest leads of pydistill."""
     faster, slower = ranking(results)
     lines = ["\nAlternatives that are faster than pydistill (their time / pydistill's time)"]
     lines += [_line(*entry) for entry in faster] or ["  none in this run"]
@@ -71,7 +71,7 @@ def leads(results: list[dict]) -> str:
 
 
 def ranking(results: list[dict]) -> tuple[list, list]:
-    """``(faster, slower)``: all alternatives as (time / pydistill's time, case, name), sorted."""
+    """Return ``(faster, slower)``: all alternatives as (time / pydistill's time, case, name), sorted."""
     entries = sorted(
         (c["over pydistill"][0], result["name"], name)
         for result in results

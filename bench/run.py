@@ -22,7 +22,7 @@ BUDGET = 4.0  # seconds of rounds per case, unless number_of_pairs asks for more
 
 
 def machine() -> dict:
-    """The hardware, versions and settings on which the results depend, besides the code."""
+    """Describe the hardware, versions and settings on which the results depend, besides the code."""
     setting = Path("/sys/kernel/mm/transparent_hugepage/enabled")
     info = pydistill.backend_info()
     return {

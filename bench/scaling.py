@@ -18,10 +18,10 @@ NAMES = ("tutorial", "pydistill")
 
 
 def run(progress, pairs=15) -> dict:
-    """For each sweep: its values and, for each contestant, the median milliseconds and the fitted exponent.
+    """Measure every sweep: its values and, for each contestant, the median milliseconds and the fitted exponent.
 
-    The exponent x of time = constant * value^x is fitted over the upper half of the values, where fixed costs no longer
-    count. "fixed" is the name of the sweep's first case.
+    The exponent x of time = constant * value^x is fitted over the upper half of the values, where fixed costs are
+    negligible. "fixed" is the name of the sweep's first case.
     """
     result = {}
     for factor, cases in SWEEPS.items():

@@ -19,7 +19,7 @@ CASES = [case for case in default_cases() if not case.huge_pages]  # huge pages 
 
 @lru_cache(maxsize=1)
 def prepared(case):
-    """Inputs and contestants of one case. One is cached: the tests of a case follow one another."""
+    """Make the inputs and contestants of one case. Only the latest case is cached: its tests run one after another."""
     torch.compiler.reset()
     return measure.make_inputs(case), contestants(case)[0]
 

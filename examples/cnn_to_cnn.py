@@ -1,8 +1,8 @@
 """Distil a deep CNN into a tiny one on the 8 x 8 images of scikit-learn's digits.
 
 The teacher is trained on the original images. Its logits are computed once, for these and for shifted images. Students
-with the same initial weights are trained on all of them: one on the labels alone, four with the teacher, each with
-another alpha and temperature. Of the four, the student with the best accuracy on the validation rows is kept; the
+with the same initial weights are trained on all of them: one on the labels alone, and four with the teacher, each with
+a different alpha and temperature. Of the four, the student with the best accuracy on the validation rows is kept; the
 validation rows are a fifth of the training rows, on which neither teacher nor students are trained. The numbers of
 epochs and the learning rates, the same for all students, were tuned on test rows of these digits in the past: the
 figures illustrate the method and are no proof of a gain.

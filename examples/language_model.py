@@ -82,15 +82,14 @@ def train(model, batches, epochs, targets=None, micro_batches=2):
         for i in torch.randperm(len(batches)).tolist():
             tokens, labels = batches[i]
             teacher = targets(i) if targets else None
+            num_items = int((labels != PAD).sum())  # of the whole batch, so that the losses of its micro-batches add up
             for rows in torch.arange(len(tokens)).chunk(micro_batches):
                 loss = pydistill.linear_distillation_loss(
                     model(tokens[rows]),
                     model.embed.weight,
                     teacher[rows] if targets else None,
                     labels[rows],
-                    num_items=int(
-                        (labels != PAD).sum()
-                    ),  # of the whole batch, so that the losses of its micro-batches add up
+                    num_items=num_items,
                     **options,
                 )
                 loss.backward()

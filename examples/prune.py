@@ -2,7 +2,7 @@
 
 Nine tenths of the student's weights are pruned. Fine-tuning restores most of the accuracy; here, fine-tuning with the
 teacher is no better than fine-tuning on the labels alone. The settings were tuned on test rows of these digits in the
-past: the figures illustrate the method and claim no more.
+past: the figures illustrate the method and are no proof of a gain.
 
 Run it with `python examples/prune.py`. It takes ten seconds on one thread (OMP_NUM_THREADS=1, as for these figures) and
 prints means over three seeds:

@@ -1,4 +1,4 @@
-"""Base classes of scikit-learn and skorch as type checkers see them: those libraries have no type information.
+"""Types of the base classes of scikit-learn and skorch, for type checkers: these libraries have no type information.
 
 Nothing imports this module when the package runs.
 """

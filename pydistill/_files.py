@@ -1,7 +1,7 @@
 """Atomic writing of files, and checks of the form of what was read from them.
 
 A file is written under another name, flushed to the disk and then renamed; the rename is flushed too. At any moment,
-and after a power failure, a reader finds the old file or the new one, never a part.
+and after a power failure, the path holds the complete old file or the complete new one.
 """
 
 import errno
@@ -16,7 +16,7 @@ Form: TypeAlias = Any  # a type, a union of types, or a list, tuple or dict of f
 
 
 def unfinished_path(path: Path) -> Path:
-    """The name under which a file is written before it is renamed."""
+    """Return the path under which a file is written before it is renamed."""
     return path.with_name(f"{path.name}.new")
 
 
@@ -61,7 +61,7 @@ def flush_names(folder: str | os.PathLike[str]) -> None:
 
 
 def parse_json(text: str | bytes) -> Any:
-    """``json.loads``, with a ValueError instead of a RecursionError for JSON that is nested too deeply."""
+    """Parse JSON. For JSON that is nested too deeply, raise a ValueError instead of a RecursionError."""
     try:
         return json.loads(text)
     except RecursionError:
@@ -69,7 +69,7 @@ def parse_json(text: str | bytes) -> Any:
 
 
 def form_problem(value: Any, form: Form, key: str = "") -> str | None:
-    """How a value that was read from a file differs from the form that it must have; None if it does not.
+    """Describe how a value that was read from a file differs from the form that it must have; None if it does not.
 
     ``form`` is a type or a union of types, where ``object`` stands for anything; ``[form]`` for a list of any length;
     ``(form, form)`` for a list or tuple of this length; or ``{key: form}`` for a dict that has at least these keys.
@@ -84,15 +84,15 @@ def form_problem(value: Any, form: Form, key: str = "") -> str | None:
         if isinstance(form, tuple) and len(value) != len(form):
             return f"has {len(value)} items where {key} must have {len(form)}"
         forms = form if isinstance(form, tuple) else form * len(value)
-        inner = [(f"{key}[{i}]", item, of_item) for i, (item, of_item) in enumerate(zip(value, forms, strict=True))]
+        inner = [(f"{key}[{i}]", item, part) for i, (item, part) in enumerate(zip(value, forms, strict=True))]
     elif isinstance(form, dict):
         missing = [name for name in form if name not in value]
         if missing:
             return f"has no {_join(key, missing[0])}"
-        inner = [(_join(key, name), value[name], of_name) for name, of_name in form.items()]
+        inner = [(_join(key, name), value[name], part) for name, part in form.items()]
     else:
         return None
-    return next((problem for at, item, of_item in inner if (problem := form_problem(item, of_item, at))), None)
+    return next((problem for at, item, part in inner if (problem := form_problem(item, part, at))), None)
 
 
 def _join(key: str, name: object) -> str:

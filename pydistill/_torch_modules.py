@@ -18,12 +18,12 @@ def mode(module: nn.Module, *, training: bool) -> Iterator[None]:
     try:
         yield
     finally:
-        for m, of_module in before:
-            m.training = of_module
+        for m, was_training in before:
+            m.training = was_training
 
 
 def float_dtype(module: nn.Module, default: _Default) -> torch.dtype | _Default:
-    """The dtype of the module's first floating-point parameter; ``default`` if it has none."""
+    """Return the dtype of the module's first floating-point parameter, or ``default`` if it has none."""
     return next((p.dtype for p in module.parameters() if p.is_floating_point()), default)
 
 
@@ -34,5 +34,5 @@ def as_input(rows: Any, dtype: torch.dtype | None) -> Tensor:
 
 
 def count_parameters(module: nn.Module) -> int:
-    """The number of elements of all parameters; shared ones count once."""
+    """Count the elements of all parameters; shared parameters count once."""
     return sum(p.numel() for p in module.parameters())

@@ -27,7 +27,7 @@ def few(classes: Sequence[Any]) -> str:
 
 @contextmanager
 def about(name: str) -> Iterator[None]:
-    """Prefix errors with the name of the data: the loss and the student do not know whose batch they were given."""
+    """Prefix the errors that are raised inside with a name, such as that of the data to which a batch belongs."""
     try:
         yield
     except (TypeError, ValueError, IndexError, RuntimeError) as error:

@@ -29,8 +29,8 @@ class EarlyStopping:
         min_delta: the score must improve by more than this.
 
     Raises:
-        TypeError, ValueError: an argument out of range; after the first epoch, a score that the data do not give: an
-            accuracy without labels, an agreement without targets.
+        TypeError, ValueError: an argument has the wrong type or is out of range; or, after the first epoch, the data do
+            not give the score: an accuracy needs labels, and an agreement needs targets.
 
     Example:
         >>> import torch, pydistill
@@ -68,7 +68,7 @@ class EarlyStopping:
             trainer.stop = trainer.stop or self._waited >= self.patience
 
     def state_dict(self) -> dict[str, Any]:
-        """The state for a checkpoint: the best score, and the number of epochs since."""
+        """Return the state for a checkpoint: the best score, and the number of epochs since."""
         return {"best": self._best, "waited": self._waited}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -112,7 +112,7 @@ class BestModel:
             trainer.student.load_state_dict(self._weights)
 
     def state_dict(self) -> dict[str, Any]:
-        """The state for a checkpoint: the best score, its epoch and the weights."""
+        """Return the state for a checkpoint: the best score, its epoch and the weights."""
         return {"best": self._best, "epoch": self.epoch, "weights": self._weights}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -128,17 +128,17 @@ def _check_state(state: object, form: Form) -> None:
 
 
 def check_monitor(monitor: Monitor) -> Monitor:
-    """Check that monitor is a score by which students can be compared. Returns it."""
+    """Check that monitor is a score by which students can be compared, and return it."""
     if monitor not in ("loss", "accuracy", "agreement"):
         raise ValueError(f'monitor must be "loss", "accuracy" or "agreement", got {monitor!r}')
     return monitor
 
 
 def score_of(record: "EpochRecord", monitor: Monitor, *, first: bool) -> float:
-    """The monitored score as a number of which more is better; nan becomes -inf.
+    """Return the monitored score, as a number that is better if it is larger; nan becomes -inf.
 
     Raises:
-        ValueError: ``first``, before any other score, an accuracy or agreement is nan: the data do not give it.
+        ValueError: ``first`` is True, so that there is no earlier score, and the accuracy or agreement is nan.
     """
     value: float = getattr(record.val or record.train, monitor)
     if first and math.isnan(value) and monitor != "loss":

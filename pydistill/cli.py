@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def info() -> str:
-    """The backend that computes the loss, the reason for its choice, threads and versions, one per line."""
+    """Return the backend that computes the loss, the reason for its choice, threads and versions, one per line."""
     backend = pydistill.backend_info()
     lines = {
         "pydistill": pydistill.__version__,

@@ -54,7 +54,7 @@ class Options(NamedTuple):
 
 
 class Model(NamedTuple):
-    """The figures of one teacher or student, for one seed; times are medians, in seconds."""
+    """The measurements of one teacher or student, for one seed; times are medians, in seconds."""
 
     accuracy: float
     agreement: float | None
@@ -110,7 +110,7 @@ def require_extra() -> None:
 
 
 def make_student() -> nn.Module:
-    """The demo's student, untrained: 64 inputs, 32 hidden units, 10 classes.
+    """Make the demo's student, untrained: 64 inputs, 32 hidden units, 10 classes.
 
     Example:
         >>> from pydistill.demo import make_student
@@ -149,7 +149,7 @@ def run(options: Options) -> Results:
 
 
 def versions(*distributions: str) -> dict[str, str]:
-    """The installed versions of some distributions; "not installed" for those that are not."""
+    """Return the installed versions of some distributions; "not installed" for those that are missing."""
     found = {}
     for name in distributions:
         try:
@@ -160,7 +160,7 @@ def versions(*distributions: str) -> dict[str, str]:
 
 
 def _run_seed(seed: int, options: Options) -> tuple[dict[str, Model], nn.Module]:
-    """The figures of the teacher and both students for one seed, and the distilled student."""
+    """Return the measurements of the teacher and both students for one seed, and the distilled student."""
     digits = _split(seed)
     forest, targets = _teach(digits, seed)
     models: dict[str, Model] = {}
@@ -196,7 +196,7 @@ def _load() -> tuple[NDArray[np.float32], NDArray[np.int64]]:
 
 
 def _teach(digits: Digits, seed: int) -> tuple[Any, pydistill.SoftTargets]:
-    """A forest fitted on the training rows, and its out-of-fold targets for them."""
+    """Fit a forest on the training rows; return it and its out-of-fold targets for these rows."""
     from sklearn.ensemble import RandomForestClassifier
 
     x, y = digits.train_x.numpy(), digits.train_y.numpy()
@@ -219,7 +219,7 @@ def _train(
 
 
 def _summary(models: list[Model]) -> dict[str, Statistic | None]:
-    """The statistic of each field of Model; None for a field that is not measured."""
+    """Compute the statistic of each field of Model; None for a field that is not measured."""
     columns = zip(Model._fields, zip(*models, strict=True), strict=True)
     return {field: None if values[0] is None else _statistic(values) for field, values in columns}
 
@@ -230,7 +230,7 @@ def _statistic(values: Sequence[float]) -> Statistic:
 
 
 def _claim(teacher: dict[str, Statistic | None], student: dict[str, Statistic | None]) -> dict[str, float]:
-    """Size, time and accuracy of teacher and distilled student as ratios of the means in the table."""
+    """Compute ratios of size, time and accuracy of teacher and distilled student, from the means in the table."""
     theirs, ours = ({field: x["mean"] for field, x in model.items() if x} for model in (teacher, student))
     return {
         "times_smaller": theirs["bytes"] / ours["bytes"],
@@ -241,7 +241,7 @@ def _claim(teacher: dict[str, Statistic | None], student: dict[str, Statistic | 
 
 
 def _differences(measured: dict[str, list[Model]]) -> dict[str, Statistic]:
-    """Distilled minus labels only, seed by seed."""
+    """Subtract the student trained on labels only from the distilled student, seed by seed."""
     pairs = list(zip(measured["distilled"], measured["hard_labels"], strict=True))
     return {
         field: _statistic([getattr(a, field) - getattr(b, field) for a, b in pairs])
@@ -311,7 +311,7 @@ def _check_gradients(student: Tensor, losses: dict[str, Callable[[], Tensor]]) -
 
 
 def text(results: Results) -> str:
-    """Format the results: what the student saves and keeps, the table, the effect of distillation, the loss's cost."""
+    """Format the results: student against teacher, the table, the effect of distillation, the cost of the loss."""
     options, claim = results["options"], results["claim"]
     seeds = f"{options['seeds']} seed" + "s" * (options["seeds"] > 1)
     lines = [
@@ -365,7 +365,7 @@ def _verdict(differences: dict[str, Statistic]) -> list[str]:
 
 
 def _judge(figure: Statistic) -> str:
-    """What the mean of the differences shows, given their spread; no more than that."""
+    """Interpret the mean of the differences, given their standard deviation."""
     mean, sd = figure["mean"], figure["sd"]
     if sd is None:
         return "One seed cannot show whether this is chance."

@@ -28,7 +28,7 @@ from pydistill.store.digests import as_bytes
 _FORMAT = 1
 _TENSORS, _DOCUMENT = "student.safetensors", "student.json"
 _UNFINISHED = "student.new"  # a folder: safetensors writes to a temporary file of its own, which a kill leaves behind
-_DOCUMENT_FORM = {"class": str, "tensors": dict, "tied": [[str]]}  # what load_student reads, besides format and sha256
+_DOCUMENT_FORM = {"class": str, "tensors": dict, "tied": [[str]]}  # fields read besides format and sha256
 _TENSOR_FORM = {"dtype": str, "shape": [int]}
 
 _Module = TypeVar("_Module", bound=nn.Module)
@@ -121,7 +121,8 @@ def save_student(student: nn.Module, folder: str | PathLike[str], *, metadata: o
         flush_names(folder)
     except OSError as error:
         message = (
-            f"the new student is in {folder} and loads, but a power failure could undo this; save it again: {error}"
+            f"the new student is in {folder} and can be loaded, but a power failure could undo this; save it again: "
+            f"{error}"
         )
         raise OSError(_error_number(error), message) from error
     return folder
@@ -174,7 +175,7 @@ def load_student(folder: str | PathLike[str], student: _Module) -> _Module:
 
 
 def _state_of(student: nn.Module) -> dict[str, Tensor]:
-    """The module's state dict; every tensor in it can be saved and filled."""
+    """Return the module's state dict; check that every tensor in it can be saved and filled."""
     state = student.state_dict()
     for name, x in state.items():
         if not isinstance(x, Tensor):
@@ -193,7 +194,7 @@ def _state_of(student: nn.Module) -> dict[str, Tensor]:
 
 
 def _is_storable(dtype: torch.dtype) -> bool:
-    """Whether safetensors can store a dtype; it has no public list of them."""
+    """Return whether safetensors can store a dtype; it has no public list of them."""
     try:
         safetensors_torch().save({"x": torch.empty(0, dtype=dtype)})
     except (KeyError, ValueError, RuntimeError):
@@ -202,7 +203,7 @@ def _is_storable(dtype: torch.dtype) -> bool:
 
 
 def _content(state: dict[str, Tensor], tied: list[list[str]]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors for the file, one of each tied group; and the file's metadata: the other names, with its name."""
+    """Return the tensors to save, one of each tied group, and a dict from the other names of a group to its name."""
     others = {name: min(names) for names in tied for name in names if name != min(names)}
     kept = {name: x for name, x in state.items() if name not in others}
     sharing = Counter(x.untyped_storage().data_ptr() for x in kept.values())
@@ -215,7 +216,7 @@ def _content(state: dict[str, Tensor], tied: list[list[str]]) -> tuple[dict[str,
 
 
 def _describe_student(student: nn.Module, state: dict[str, Tensor], metadata: object) -> dict[str, Any]:
-    """The document, without size and checksum of the tensor file."""
+    """Make the document, without the size and checksum of the tensor file."""
     try:
         json.dumps(metadata, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
@@ -241,7 +242,7 @@ def _layout(state: dict[str, Tensor]) -> dict[str, _Layout]:
 
 
 def _ties(state: dict[str, Tensor]) -> list[list[str]]:
-    """Groups of names that stand for the same tensor."""
+    """Return the groups of names that stand for the same tensor."""
     groups: dict[Any, list[str]] = {}
     for name, x in state.items():
         if x.numel():  # empty tensors have no memory to share
@@ -252,7 +253,7 @@ def _ties(state: dict[str, Tensor]) -> list[list[str]]:
 
 
 def _read_saved(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """A document and the tensors that belong to it, even while another process saves a new student."""
+    """Read a document and the tensors that belong to it, even while another process saves a new student."""
     if not folder.is_dir():
         raise FileNotFoundError(f"folder must hold a saved student, but there is no folder {folder}")
     for name in (_TENSORS, _DOCUMENT):
@@ -273,14 +274,14 @@ def _read_saved(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def _is_same(file: BufferedReader, path: Path) -> bool:
-    """Whether the open file is still the one at this path."""
+    """Return whether the open file is still the one at this path."""
     return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
 
 
 def _matching_document(folder: Path, digest: str) -> dict[str, Any]:
-    """The document of the tensors with this digest: the one in place, or one whose rename was interrupted."""
+    """Return the document of the tensors with this digest: the one in place, or one whose rename was interrupted."""
     path = folder / _DOCUMENT
-    # Another process may rename the second one to the first one's name after the first was read: hence the third.
+    # The first path is read again, because another process may rename the second file to it in the meantime.
     documents = [_parse(x) for x in (path, unfinished_path(path), path)]
     readable = [document for document in documents if document]
     if not readable:
@@ -304,7 +305,7 @@ def _matching_document(folder: Path, digest: str) -> dict[str, Any]:
 
 
 def _parse(path: Path) -> dict[str, Any]:
-    """A document; an empty one if the file is missing or does not hold a JSON object in UTF-8."""
+    """Read a document; return an empty one if the file is missing or does not hold a JSON object in UTF-8."""
     try:
         document = parse_json(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
@@ -430,7 +431,7 @@ def _check_folder(folder: object, order: str) -> Path:
 
 
 def _plain_module(student: object) -> nn.Module:
-    """The student; of a compiled module the original, since the compiled one's names begin with ``_orig_mod.``."""
+    """Return the student, or the original of a compiled module, whose own names begin with ``_orig_mod.``."""
     if isinstance(student, nn.Module):
         original: nn.Module = getattr(student, "_orig_mod", student)
         return original
@@ -440,6 +441,6 @@ def _plain_module(student: object) -> nn.Module:
 
 
 def _error_number(error: Exception) -> int:
-    """The error's errno; safetensors gives it only in its text, as "(os error 28)" for a full disk."""
+    """Return the error's errno; safetensors gives it only in its text, as "(os error 28)" for a full disk."""
     in_text = re.search(r"\(os error (\d+)\)", str(error))
     return getattr(error, "errno", None) or (int(in_text[1]) if in_text else errno.EIO)

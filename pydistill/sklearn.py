@@ -78,9 +78,9 @@ class DistilledClassifier(ClassifierMixin, BaseEstimator):
             classifier or Pipeline, and a torch module that maps floating-point rows to logits, one per class in sorted
             order. A warning is given if such a teacher is correct no more often than a constant prediction.
         hidden_layer_sizes: widths of the student's hidden layers, with ReLU between them; () gives a linear student.
-        student: replaces that student: a function of ``(n_features, n_classes)`` that returns a torch module, or a
-            module, which is copied with its weights. It maps ``(rows, n_features)`` to logits ``(rows, n_classes)``;
-            for images begin with ``torch.nn.Unflatten``.
+        student: the student to use instead: a function of ``(n_features, n_classes)`` that returns a torch module, or
+            a module, which is copied with its weights. The module maps ``(rows, n_features)`` to logits
+            ``(rows, n_classes)``; for images begin with ``torch.nn.Unflatten``.
         temperature: T, applied to teacher and student in the soft term. A forest's probabilities are already soft:
             search over temperatures from T = 1 on, and over alpha.
         alpha: weight of the soft term in [0, 1]; with 0 the student learns from the labels alone.
@@ -190,7 +190,7 @@ class DistilledClassifier(ClassifierMixin, BaseEstimator):
             sample_weight: ``(N,)``, finite and >= 0. The weights apply to both terms of the student's loss. They are
                 also passed to the teacher's ``fit`` if it takes weights: in a Pipeline to every step that takes them;
                 with metadata routing enabled, to every step that requests them. If it does not take weights, a warning
-                says so, and the teacher is fitted without weights on the rows of positive weight. Rows of weight 0 are
+                is given, and the teacher is fitted without weights on the rows of positive weight. Rows of weight 0 are
                 removed first: they may hold any values and labels, and are in no fold (the row numbers in ``cv`` still
                 refer to all rows). Integer weights are equivalent to repeated rows, up to rounding, if this holds for
                 the teacher and ``batch_size`` is at least the number of rows. In smaller batches the equivalence holds
@@ -206,7 +206,7 @@ class DistilledClassifier(ClassifierMixin, BaseEstimator):
             ValueError, TypeError: rows, labels, weights or options are invalid; the teacher's classes are not those of
                 y; the loss is no longer finite. Options are checked before the teacher is fitted.
         """
-        fitted = copy(self)  # if this fit fails, the previous one is kept, with its number of features
+        fitted = copy(self)  # if this fit fails, the results of the previous one are kept
         fitted._fit(X, y, sample_weight, X_unlabeled)
         self.__dict__ = fitted.__dict__
         return self
@@ -214,15 +214,15 @@ class DistilledClassifier(ClassifierMixin, BaseEstimator):
     def _fit(
         self, X: EstimatorInput, y: ArrayLike, sample_weight: ArrayLike | None, X_unlabeled: EstimatorInput | None
     ) -> None:
-        X, y, weight, counts = _rows_that_count(X, y, sample_weight)
+        X, y, weight, kept = _rows_that_count(X, y, sample_weight)
         features, labels = validate_data(self, X, y, dtype=_FLOATS)
         check_classification_targets(labels)
         classes, codes = np.unique(labels, return_inverse=True)
         if len(classes) < 2:
-            where = "" if counts is None else " in rows whose sample_weight is not 0"
+            where = "" if kept is None else " in rows whose sample_weight is not 0"
             raise ValueError(f"y must hold at least two classes{where}, got {len(classes)} class")
         unlabeled = None if X_unlabeled is None else self._check_unlabeled(X_unlabeled)
-        cv = self.cv if counts is None else counted_folds(self.cv, counts)
+        cv = self.cv if kept is None else counted_folds(self.cv, kept)
 
         epochs, batch_size = check_count("epochs", self.epochs), check_count("batch_size", self.batch_size)
         self._check_teacher()
@@ -264,13 +264,13 @@ class DistilledClassifier(ClassifierMixin, BaseEstimator):
         return f"scale the features (StandardScaler), or lower learning_rate, which is {self.learning_rate}"
 
     def predict(self, X: EstimatorInput) -> NDArray[Any]:
-        """The student's classes ``(N,)``."""
+        """Predict the class of each row with the student: ``(N,)``."""
         probs = self.predict_proba(X)  # before classes_ is read: it checks that the classifier is fitted
         classes: NDArray[Any] = self.classes_[probs.argmax(1)]
         return classes
 
     def predict_proba(self, X: EstimatorInput) -> NDArray[Any]:
-        """The student's probabilities ``(N, n_classes)`` at T = 1; columns in the order of ``classes_``.
+        """Predict the student's probabilities ``(N, n_classes)`` at T = 1; columns in the order of ``classes_``.
 
         They are float32, or float64 for a float64 student.
         """
@@ -310,7 +310,7 @@ class DistilledClassifier(ClassifierMixin, BaseEstimator):
     def _make_trainer(
         self, features: NDArray[Any], n_classes: int, rng: np.random.RandomState
     ) -> tuple[nn.Module, Trainer]:
-        """Student and trainer, made before the teacher is fitted, which may take long, so that errors come first."""
+        """Make student and trainer. This comes before the slow fit of the teacher, so that errors are raised early."""
         loss = DistillationLoss(temperature=self.temperature, alpha=self.alpha, unlabeled="distill")
         weights_seed, seed = (int(x) for x in rng.randint(2**31 - 1, size=2))
         with torch.random.fork_rng(devices=[]):
@@ -358,7 +358,7 @@ class DistilledClassifier(ClassifierMixin, BaseEstimator):
         weight: NDArray[Any] | None,
         rng: np.random.RandomState,
     ) -> tuple[Estimator, SoftTargets]:
-        """The fitted teacher, and its targets for the rows."""
+        """Return the fitted teacher and its targets for the rows."""
         if isinstance(self.teacher, nn.Module | FrozenEstimator):
             teacher = self.teacher if isinstance(self.teacher, nn.Module) else self.teacher.estimator
             targets = teacher_outputs(teacher, rows)
@@ -398,23 +398,23 @@ def _mlp(n_features: int, hidden: int | Sequence[int], n_classes: int) -> nn.Mod
 
 
 def _inputs(student: nn.Module, features: NDArray[Any]) -> Tensor:
-    """The features in the student's own precision."""
+    """Convert the features to a tensor in the student's own precision."""
     return as_input(features, float_dtype(student, torch.float32))
 
 
 def _precision(dtype: torch.dtype) -> torch.dtype:
-    """The precision of the loss: float32, or float64 for a float64 student."""
+    """Return the precision of the loss: float32, or float64 for a float64 student."""
     return torch.promote_types(dtype, torch.float32)
 
 
 def _in_precision(weight: NDArray[Any], dtype: torch.dtype) -> Tensor:
-    """The weights in the precision of the student's loss; an error if one becomes 0 or infinite there."""
+    """Convert the weights to the precision of the student's loss; raise an error if one becomes 0 or infinite."""
     limits = torch.finfo(_precision(dtype))
     bad = (weight < limits.tiny) | (weight > limits.max)
     if bad.any():
         raise ValueError(
             f"sample_weight must be 0 or from {limits.tiny:.0e} to {limits.max:.0e}, the range of {limits.dtype}, got "
-            f"{weight[bad.argmax()]}; multiply all weights by one number"
+            f"{weight[bad.argmax()]}; multiply all weights by the same number"
         )
     return torch.from_numpy(weight).to(_precision(dtype))
 
@@ -427,31 +427,31 @@ def _logits(student: nn.Module, inputs: Tensor) -> Tensor:
 def _with_unlabeled(
     inputs: Tensor, targets: SoftTargets, labels: Tensor, more_inputs: Tensor, more_targets: SoftTargets
 ) -> tuple[Tensor, SoftTargets, Tensor]:
-    """Inputs, targets and labels with the rows that have no labels appended."""
-    none = torch.full((len(more_inputs),), _UNLABELED)
+    """Append the rows without labels to inputs, targets and labels."""
+    no_labels = torch.full((len(more_inputs),), _UNLABELED)
     soft = SoftTargets.from_log_probs(torch.cat([targets.logits, more_targets.logits]))
-    return torch.cat([inputs, more_inputs]), soft, torch.cat([labels, none])
+    return torch.cat([inputs, more_inputs]), soft, torch.cat([labels, no_labels])
 
 
 def _as_teacher_takes_them(X: EstimatorInput, features: NDArray[Any]) -> EstimatorInput:
-    """A DataFrame unchanged, since a teacher may select columns by name; else the validated array."""
+    """Return a DataFrame unchanged, because a teacher may select columns by name; else the validated array."""
     return X if hasattr(X, "columns") else features
 
 
 def _rows_that_count(
     X: EstimatorInput, y: Any, sample_weight: ArrayLike | None
 ) -> tuple[EstimatorInput, Any, NDArray[Any] | None, NDArray[np.bool_] | None]:
-    """X, y and weights without the rows of weight 0, and a mask of the rows that are kept; None if all are."""
+    """Remove rows of weight 0 from X, y and weights; also return a mask of the rows kept, None if all are kept."""
     if sample_weight is None:
         return X, y, None, None
     weight = _check_sample_weight(sample_weight, X, ensure_non_negative=True)
-    counts = weight > 0
-    if y is None or counts.all():
+    kept = weight > 0
+    if y is None or kept.all():
         return X, y, weight, None
     check_consistent_length(X, y)
-    rows = np.flatnonzero(counts)
+    rows = np.flatnonzero(kept)
     X = X.tocsr() if hasattr(X, "tocsr") else X
-    return _safe_indexing(X, rows), _safe_indexing(y, rows), weight[rows], counts
+    return _safe_indexing(X, rows), _safe_indexing(y, rows), weight[rows], kept
 
 
 def _check_prefit(teacher: Estimator, targets: SoftTargets, y: NDArray[Any], classes: NDArray[Any]) -> None:

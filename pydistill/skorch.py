@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 else:
     from skorch import NeuralNetClassifier
 
-Inputs: TypeAlias = Any  # all that skorch takes as X: an array, a tensor, a list, a dict, a Dataset
+Inputs: TypeAlias = Any  # what skorch takes as X: an array, a tensor, a list, a dict, a Dataset
 Teacher: TypeAlias = SoftTargets | TeacherStore | Tensor
 
 _softmax = partial(torch.softmax, dim=-1)
@@ -125,7 +125,7 @@ class DistilledNeuralNetClassifier(NeuralNetClassifier):
     def get_split_datasets(
         self, X: Inputs, y: ArrayLike | None = None, teacher: Teacher | None = None, **fit_params: Any
     ) -> Any:
-        """The training and validation datasets, as in skorch; with a teacher their rows are numbered."""
+        """Return the training and validation datasets, as in skorch; with a teacher, rows carry their row numbers."""
         if teacher is None:
             return super().get_split_datasets(X, y, **fit_params)
         dataset = self.get_dataset(X, y)
@@ -135,21 +135,21 @@ class DistilledNeuralNetClassifier(NeuralNetClassifier):
         return super().get_split_datasets(numbered(dataset), y, **fit_params)
 
     def train_step(self, batch: Any, teacher: Teacher | None = None, **fit_params: Any) -> Any:
-        """One training step on a batch and the targets of its rows."""
+        """Take one training step on a batch, with the targets of its rows."""
         if teacher is not None and not isinstance(batch[0], _Row):
             raise ValueError("train_split must take its training rows from X: the teacher has no outputs for others")
         return super().train_step(_with_targets(batch, teacher), **fit_params)
 
     def validation_step(self, batch: Any, teacher: Teacher | None = None, **fit_params: Any) -> Any:
-        """The loss of a batch with the targets of its rows."""
+        """Compute the validation loss of a batch, with the targets of its rows."""
         return super().validation_step(_with_targets(batch, teacher), **fit_params)
 
     def infer(self, x: Any, **fit_params: Any) -> Any:
-        """The module's output for a batch's inputs; row numbers and targets are not passed to the module."""
+        """Compute the module's output for a batch's inputs; row numbers and targets are not passed to the module."""
         return super().infer(x.inputs if isinstance(x, _Row | _Taught) else x, **fit_params)
 
     def get_loss(self, y_pred: Tensor, y_true: Any, X: Any = None, training: bool = False) -> Tensor:
-        """The criterion of the logits, the batch's targets and the labels."""
+        """Compute the criterion from the logits, the batch's targets and the labels."""
         targets = X.targets if isinstance(X, _Taught) else None
         unknown = targets is None and not training and isinstance(self.criterion_, DistillationLoss)
         options = {"alpha": 0.0} if unknown else {}
@@ -172,7 +172,7 @@ class _Taught(NamedTuple):
 
 
 class _Numbered(Dataset[tuple[_Row, Any]]):
-    """A dataset whose rows carry their numbers, which they keep when they are split and shuffled."""
+    """A dataset whose items hold their row numbers, so that these are known after a split or a shuffle."""
 
     def __init__(self, dataset: Any) -> None:
         self.dataset = dataset
@@ -194,7 +194,7 @@ class _NumberedData(_Numbered, SkorchDataset):  # type: ignore[misc]  # skorch h
 
 
 def _with_targets(batch: Any, teacher: Teacher | None) -> Any:
-    """The batch with the targets of its rows; unchanged if there is no teacher, or the rows have no numbers."""
+    """Return the batch with the targets of its rows; unchanged if there is no teacher, or the rows have no numbers."""
     if teacher is None or not isinstance(batch[0], _Row):
         return batch
     inputs, labels = batch

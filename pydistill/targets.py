@@ -16,8 +16,8 @@ Tail: TypeAlias = Literal["renormalize", "bucket"]
 # The indices that a tensor accepts: a row, a slice, a mask, row numbers, or a tuple of them for several dimensions.
 RowIndex: TypeAlias = SupportsIndex | slice | Tensor | NDArray[Any] | Sequence[int] | tuple[Any, ...]
 
-SUM_TOLERANCE = 1e-3  # of probabilities that sum to 1; csrc/evaluate.cpp has the same number
-_HALF_SUM_TOLERANCE = 1e-2
+SUM_TOLERANCE = 1e-3  # for the sum of a row of probabilities; sums_to_one in csrc/evaluate.cpp has the same limits
+_HALF_SUM_TOLERANCE = 1e-2  # the same for half types
 PROBABILITIES_TAKEN_AS_LOGITS = (
     "teacher looks like probabilities (its first row is >= 0 and sums to 1), but a plain tensor is taken as logits. "
     "Use pydistill.SoftTargets.from_probs(probabilities), or remove the softmax from the teacher"
@@ -211,7 +211,7 @@ class SoftTargets:
         return len(self.logits)
 
     def __getitem__(self, rows: RowIndex) -> Self:
-        """The targets of some rows: an index, a slice, a mask, or a tensor or array of indices, as in torch."""
+        """Select rows by an index, a slice, a mask, or a tensor or array of indices, as in torch."""
         index: Any = rows  # torch takes arrays as indices; its annotations lack them
         return type(self)(
             self.logits[index],
@@ -270,10 +270,10 @@ def check_tail(tail: str) -> None:
 
 
 def looks_like_probabilities(logits: Tensor) -> bool:
-    """Whether tensor ``(..., C)``, which is taken as logits, was probably meant as probabilities.
+    """Return whether a tensor ``(..., C)``, which is taken as logits, probably holds probabilities.
 
-    That is so if its first row is >= 0 and sums to 1 within ``SUM_TOLERANCE``. The logit of a single class may well be
-    1, so C = 1 never looks like probabilities.
+    This is assumed if its first row is >= 0 and sums to 1 within ``SUM_TOLERANCE``. The logit of a single class may
+    well be 1, so C = 1 never looks like probabilities.
     """
     if logits.numel() == 0 or logits.shape[-1] == 1:
         return False
@@ -283,7 +283,7 @@ def looks_like_probabilities(logits: Tensor) -> bool:
 
 
 def _log_partition(logits: Tensor, temperature: object) -> Tensor:
-    """Log-sum-exp of logits / temperature. In float64, because the mass outside the top k may be tiny."""
+    """Compute the log-sum-exp of logits / temperature, in float64, because the mass outside the top k may be tiny."""
     if not isinstance(temperature, Real) or isinstance(temperature, bool):
         raise TypeError(f"temperatures must be numbers, got {temperature!r}")
     value = float(temperature)
@@ -296,7 +296,7 @@ def _log_partition(logits: Tensor, temperature: object) -> Tensor:
 
 
 def _as_partition(temperature: object, values: Tensor | ArrayLike, logits: Tensor) -> tuple[float, Tensor]:
-    """A temperature and its log-partitions in float64, checked against the top-k logits."""
+    """Convert a temperature to float and its log-partitions to float64; check them against the top-k logits."""
     if not isinstance(temperature, Real) or isinstance(temperature, bool):
         raise TypeError(f"log_partitions must have temperatures, which are numbers, as keys; got {temperature!r}")
     key = float(temperature)
@@ -311,7 +311,7 @@ def _as_partition(temperature: object, values: Tensor | ArrayLike, logits: Tenso
             f"temperature {key:g} and logits {tuple(logits.shape)}"
         )
     partitions = given.detach().double()
-    # The logits and the log-partition may each have been rounded to its own dtype; both have the size of the logits.
+    # Logits and log-partitions may have been rounded to different dtypes; both are about as large as the largest logit.
     kept = (logits.double() / key).logsumexp(-1)
     precision = max(torch.finfo(logits.dtype).eps, torch.finfo(given.dtype).eps)
     slack = 1e-3 + 2 * precision * (logits.double().abs().amax(-1) / key)
@@ -350,7 +350,7 @@ def _as_tensor(values: Tensor | ArrayLike, name: str, form: str = "a tensor or a
 
 
 def _as_float_tensor(values: Tensor | ArrayLike, name: str) -> Tensor:
-    """A dense floating-point tensor with a class dimension."""
+    """Convert values to a tensor; check that it is dense and floating-point and has a class dimension."""
     tensor = _as_tensor(values, name)
     if not tensor.is_floating_point():
         raise TypeError(f"{name} must be floating-point, got dtype {tensor.dtype}")

@@ -144,11 +144,11 @@ def test_a_read_only_folder(shared_folder, data):
         (
             {"student": torch.nn.Linear(5, 4)},
             {},
-            r"another student: weight is torch.float32 \(3, 5\) in it and .* \(4, 5\)",
+            r"another student: weight is torch.float32 \(3, 5\) in the checkpoint and .* \(4, 5\)",
         ),
-        ({"student": torch.nn.Linear(5, 3, bias=False)}, {}, "another student: bias is only in it"),
+        ({"student": torch.nn.Linear(5, 3, bias=False)}, {}, "another student: bias is only in the checkpoint"),
         ({"student": torch.nn.Linear(5, 3).double()}, {}, "another student: weight is torch.float32 .* torch.float64"),
-        ({"callbacks": [BestModel()]}, {}, "made with 0 callbacks, got 1; pass the same ones"),
+        ({"callbacks": [BestModel()]}, {}, "made with 0 callbacks, got 1; pass the same callbacks"),
         ({}, {"batch_size": 8}, "made with batch_size=16, got 8"),
         ({"accumulate": 2}, {}, "made with accumulate=1, got 2"),
     ],
@@ -451,7 +451,7 @@ class TestChangedStates:
             trainer.fit(data, data, epochs=3, batch_size=16, resume=True)
         trainer = make()
         trainer.scheduler = None
-        with pytest.raises(ValueError, match="was made with a scheduler; pass the same ones"):
+        with pytest.raises(ValueError, match="was made with a scheduler; pass the same arguments"):
             trainer.fit(data, data, epochs=3, batch_size=16, resume=True)
         trainer = make()
         trainer.optimizer.add_param_group({"params": [torch.nn.Parameter(torch.zeros(1))]})

@@ -692,7 +692,7 @@ class TestInterruptions:
     def test_the_message_says_that_the_new_one_is_there(self, tmp_path, monkeypatch, number):
         save_student(mlp(), tmp_path)
         Interrupt(monkeypatch, number, FULL)
-        with pytest.raises(OSError, match=r"the new student is in .* and loads, but .*No space left") as caught:
+        with pytest.raises(OSError, match=r"the new student is in .* and can be loaded, but .*No space left") as caught:
             save_student(mlp(), tmp_path)
         assert caught.value.errno == errno.ENOSPC
 

@@ -636,8 +636,8 @@ class TestDamage:
             (("files",), [], "has list where files must be dict"),
             (("files", "../logits.npy"), {}, "has .*, ../logits.npy as files, which must be .*"),
             (("files", "logits.npy"), 3, "has int where files.logits.npy must be dict"),
-            (("files", "logits.npy", "header"), -128, "has {.*} as files.logits.npy, of 10 bytes a row"),
-            (("files", "logits.npy", "row_bytes"), 20, "has {.*} as files.logits.npy, of 10 bytes a row"),
+            (("files", "logits.npy", "header"), -128, "has {.*} as files.logits.npy, whose rows have 10 bytes"),
+            (("files", "logits.npy", "row_bytes"), 20, "has {.*} as files.logits.npy, whose rows have 10 bytes"),
             (("files", "logits.npy", "crc32"), None, "has NoneType where files.logits.npy.crc32 must be int"),
         ],
     )

@@ -375,7 +375,7 @@ class TestMore:
         assert of_rows[-1].val.soft_loss != of_rows[-1].val.soft_loss  # the teacher has no rows for them
         with pytest.raises(ValueError, match="teacher must have a row per row of train, got 150 for 9"):
             trainer_for(mlp(), teacher=teacher).fit((inputs[:9], labels[:9]), epochs=1)
-        with pytest.raises(ValueError, match="an iterable does not say which rows"):
+        with pytest.raises(ValueError, match="the batches of an iterable have no row numbers"):
             trainer_for(mlp(), teacher=teacher).fit([(inputs, labels)], epochs=1)
 
     def test_validation_data_without_targets_are_scored_on_labels(self, data):

@@ -139,7 +139,7 @@ def test_a_last_batch_of_one_row_and_batch_norm(data, rows, batch_size):
 
 
 def test_targets_beside_a_teacher(data):
-    with pytest.raises(ValueError, match=r"\(inputs, labels\) or \(inputs,\) under teacher="):
+    with pytest.raises(ValueError, match=r"\(inputs, labels\) or \(inputs,\) with teacher="):
         trainer_for(mlp(), teacher=mlp()).fit(data, epochs=1)
 
 

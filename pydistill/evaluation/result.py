@@ -56,7 +56,7 @@ class ModelScores(NamedTuple):
         accuracy: share of the rows whose argmax is the label; ties go to the first class.
         ece: expected calibration error; None for a model without probabilities.
         parameters: number of trained parameters; None for an estimator.
-        bytes: size of a module's parameters and buffers; of an estimator's pickle.
+        bytes: size of a module's parameters and buffers, or of an estimator's pickle.
         seconds: median time of one call, by number of rows.
         reliability: the bins from which ``ece`` is computed; None for a model without probabilities.
     """
@@ -79,7 +79,7 @@ class Report:
         threads: torch's number of threads while the times were measured.
         classes: the classes, in the order of the student's columns.
         student: the student's scores.
-        teacher: the teacher's scores. Without a teacher it is None, and so are the next three.
+        teacher: the teacher's scores. Without a teacher, this and the next three attributes are None.
         agreement: share of the rows in which student and teacher have the same argmax.
         compression: the teacher's bytes / the student's bytes; None for a student of 0 bytes.
         speedup: the teacher's time / the student's time, by number of rows.
@@ -233,7 +233,7 @@ class Report:
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """An empty figure of this size in inches, without a window and without pyplot's global state."""
+    """Make an empty figure of this size in inches, without a window and without pyplot's global state."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -252,7 +252,7 @@ def write_png(figure: Figure, path: str | PathLike[str]) -> None:
 
 
 def align_columns(rows: list[list[str]]) -> list[str]:
-    """The rows of a table as lines, each column as wide as its widest cell; rows may have different lengths."""
+    """Format the rows of a table as lines with aligned columns; rows may have different numbers of cells."""
     widths = [max(len(row[k]) for row in rows if k < len(row)) for k in range(max(map(len, rows)))]
     return ["   ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=False)).rstrip() for row in rows]
 
@@ -262,14 +262,14 @@ def _number(value: float | None, form: str) -> str:
 
 
 def _times(ratio: float | None) -> str:
-    """A ratio with three significant digits, or with all digits of its integer part."""
+    """Format a ratio with three significant digits, or with all digits of its integer part."""
     if ratio is None or not math.isfinite(ratio):
         return "- x"
     return f"{ratio:.3g} x" if ratio < 1000 else f"{ratio:,.0f} x"
 
 
 def _plain(value: object) -> object:
-    """A value in the types of JSON: named tuples become dictionaries, at any depth."""
+    """Convert a value to types that JSON has: named tuples become dictionaries, at any depth."""
     if hasattr(value, "_asdict"):
         return {name: _plain(item) for name, item in value._asdict().items()}
     return [_plain(item) for item in value] if isinstance(value, list) else value

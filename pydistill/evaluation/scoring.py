@@ -48,8 +48,8 @@ def report(student: Model, teacher: Model | None, X: Rows, y: Any, *, batch_size
     Args:
         student: a module that maps rows to logits ``(rows, C)``. It runs in eval mode under
             ``torch.inference_mode()``; the mode of each submodule is restored. Or a fitted classifier with
-            ``predict_proba``. Of a DistilledClassifier or a skorch net, and of a Pipeline or a search that ends in one,
-            parameters and bytes are those of the network.
+            ``predict_proba``. For a DistilledClassifier or a skorch net, and for a Pipeline or a search that ends in
+            one, ``parameters`` and ``bytes`` are those of the network.
         teacher: a module, a fitted classifier with ``predict_proba`` (or, without that, ``decision_function``), or
             None. The teacher gets X unchanged, with one exception: if the student is a Pipeline, or a search over one,
             that ends in a DistilledClassifier, and the teacher is that classifier's ``teacher_`` or a copy of it, then
@@ -70,7 +70,7 @@ def report(student: Model, teacher: Model | None, X: Rows, y: Any, *, batch_size
     Raises:
         ValueError: X and y have different lengths or no rows; X holds NaN or infinity; a label is not among the
             student's classes; the teacher has other classes; a model returns NaN.
-        TypeError: student or teacher is no module and no classifier; outputs are not ``(rows, C)``.
+        TypeError: student or teacher is neither a module nor a classifier; outputs are not ``(rows, C)``.
 
     Example:
         >>> import torch
@@ -169,7 +169,7 @@ def _own_classes(model: Model | None) -> list[Any] | None:
 
 
 def _in_columns(scores: Tensor, model: Model, classes: list[Any]) -> Tensor:
-    """The scores with column j for class j of ``classes``."""
+    """Reorder the columns of the scores, so that column j belongs to ``classes[j]``."""
     own = _own_classes(model)
     return scores if own is None else scores[:, [own.index(name) for name in classes]]
 
@@ -200,32 +200,32 @@ def _score(subject: Subject, scores: Tensor, labels: Tensor, sizes: list[int]) -
 
 
 def _calibration(probs: Tensor, labels: Tensor) -> tuple[float, list[Bin]]:
-    """The expected calibration error, and the bins behind it."""
+    """Compute the expected calibration error, and the bins from which it is computed."""
     confidence, predicted = probs.max(-1)
     places = (confidence * _BINS).ceil().long().sub(1).clamp(0, _BINS - 1)
     rows = torch.bincount(places, minlength=_BINS).tolist()
-    sure, right = (
+    confidences, hits = (
         torch.bincount(places, x.double(), minlength=_BINS).tolist() for x in (confidence, predicted == labels)
     )
     bins = [
-        Bin(n, c / n, correct / n) if n else Bin(0, None, None) for n, c, correct in zip(rows, sure, right, strict=True)
+        Bin(n, c / n, hit / n) if n else Bin(0, None, None) for n, c, hit in zip(rows, confidences, hits, strict=True)
     ]
-    return sum(abs(correct - c) for c, correct in zip(sure, right, strict=True)) / len(labels), bins
+    return sum(abs(hit - c) for c, hit in zip(confidences, hits, strict=True)) / len(labels), bins
 
 
 def _per_class(predicted: Tensor, labels: Tensor, classes: list[Any]) -> list[ClassScores]:
-    # scikit-learn has this, but it is optional, and the table is not.
+    # Not computed by scikit-learn, because it need not be installed.
     width = len(classes)
     confusion = torch.bincount(labels * width + predicted, minlength=width**2).view(width, width)
-    right, said, support = confusion.diag().tolist(), confusion.sum(0).tolist(), confusion.sum(1).tolist()
+    correct, predictions, support = confusion.diag().tolist(), confusion.sum(0).tolist(), confusion.sum(1).tolist()
     return [
         ClassScores(name, _ratio(tp, p), _ratio(tp, n), _ratio(2 * tp, p + n), n)
-        for name, tp, p, n in zip(classes, right, said, support, strict=True)
+        for name, tp, p, n in zip(classes, correct, predictions, support, strict=True)
     ]
 
 
 def _median_seconds(subject: Subject, size: int) -> float:
-    """The median over at least 5 calls, and over as many as take 0.2 seconds."""
+    """Return the median time of a call, over at least 5 calls and at least 0.2 seconds."""
     batch = take(subject.rows, np.arange(size) % len(subject.rows))
     for _ in range(2):
         subject.call(batch)

@@ -19,7 +19,7 @@ ORDER = "the order is report(student, teacher, X, y)"
 
 
 class Subject(NamedTuple):
-    """A student or teacher, with all that it takes to run it.
+    """A student or teacher, with everything that is needed to run it.
 
     Attributes:
         role: "student" or "teacher", for error messages.
@@ -36,7 +36,7 @@ class Subject(NamedTuple):
     kind: Literal["logits", "probs", "scores"]
 
     def outputs(self) -> Tensor:
-        """Logits, probabilities or scores of all rows: ``(N, C)``, float64, columns in the model's own order."""
+        """Compute the outputs of all rows: ``(N, C)``, float64, with columns in the model's own order."""
         parts = []
         for start in range(0, len(self.rows), ROWS_PER_CALL):
             rows = take(self.rows, slice(start, start + ROWS_PER_CALL))
@@ -60,7 +60,7 @@ class Subject(NamedTuple):
 
 
 def check_models(student: Model, teacher: Model | None) -> None:
-    """Refuse what is neither a module nor a classifier; rows in the place of a model too."""
+    """Check that student and teacher are modules or classifiers, and not, for instance, rows in their place."""
     _check_model("student", student, "a torch.nn.Module or a fitted classifier with predict_proba")
     if teacher is not None:
         kinds = "a torch.nn.Module, a fitted classifier with predict_proba or decision_function, or None"
@@ -75,7 +75,7 @@ def _check_model(role: str, model: Model, kinds: str) -> None:
 
 
 def subject_of(role: str, model: Model, X: Rows) -> Subject:
-    """The model, with X in the form that it takes."""
+    """Return the subject for a model, with X converted to the form that the model takes."""
     method = None if isinstance(model, nn.Module) else _output_method(model)
     if method is None:
         return Subject(role, model, _for_module(X, model), model, "logits")
@@ -84,9 +84,9 @@ def subject_of(role: str, model: Model, X: Rows) -> Subject:
 
 
 def teacher_behind_steps(student: Model, teacher: Model, X: Rows) -> Subject | None:
-    """The teacher as the subject that gets X transformed by the steps before the student.
+    """Return the teacher as a subject that gets X transformed by the Pipeline steps before the student.
 
-    None unless this teacher, or a copy of it, is the one that the student learned from behind such steps.
+    None if there are no such steps, or if ``teacher`` is neither the student's own ``teacher_`` nor a copy of it.
     """
     steps, inner = split_steps(student)
     own = getattr(inner, "teacher_", None)
@@ -104,19 +104,19 @@ def teacher_behind_steps(student: Model, teacher: Model, X: Rows) -> Subject | N
     subject = subject_of("teacher", teacher, some)
     if not _is_same_model(teacher, own, subject.rows):
         return None
-    in_its_form = _for_module if isinstance(teacher, nn.Module) else _for_classifier
-    return subject._replace(rows=rows, call=lambda x: subject.call(in_its_form(transformed(x), teacher)))
+    convert = _for_module if isinstance(teacher, nn.Module) else _for_classifier
+    return subject._replace(rows=rows, call=lambda x: subject.call(convert(transformed(x), teacher)))
 
 
 def network_of(model: Model) -> nn.Module | None:
-    """The module itself, or the module in a DistilledClassifier or skorch net; None for other estimators."""
+    """Return the module itself, or the module in a DistilledClassifier or skorch net; None for other estimators."""
     model = split_steps(model)[1]
     candidates = model, getattr(model, "student_", None), getattr(model, "module_", None)
     return next((x for x in candidates if isinstance(x, nn.Module)), None)
 
 
 def take(rows: Rows, index: Any) -> Rows:
-    """Rows by position: ``index`` is a slice or an array of integers."""
+    """Select rows by position; ``index`` is a slice or an array of integers."""
     return rows.iloc[index] if hasattr(rows, "iloc") else rows[index]
 
 
@@ -125,8 +125,9 @@ def _output_method(model: Model) -> str | None:
 
 
 def _is_same_model(model: Model, own: Model, rows: Rows) -> bool:
-    """Whether this is the student's own teacher or a copy: a module with equal tensors, or a classifier whose outputs
-    are equal for these rows.
+    """Return whether a model is ``own``, the student's own teacher, or a copy of it.
+
+    A copy is a module with equal tensors, or a classifier with equal outputs for these rows.
     """
     model = model.estimator if is_a(model, "sklearn", "FrozenEstimator") else model
     if model is own:

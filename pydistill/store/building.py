@@ -45,7 +45,7 @@ def fill(
             raise ValueError(f"data must give the same {rows} rows each time, got {writer.written}")
         writer.sync()
     except BaseException:
-        with suppress(OSError):  # the rows recorded before stay valid, and the first error says more
+        with suppress(OSError):  # recorded rows stay valid; the first error is more useful
             writer.sync()
         raise
     finally:
@@ -54,7 +54,7 @@ def fill(
 
 @contextmanager
 def _as_function(teacher: Teacher) -> Iterator[Callable[[Inputs, int], object]]:
-    """The teacher as a function of a batch of inputs and of the number of its first row."""
+    """Yield the teacher as a function of a batch of inputs and the number of the batch's first row."""
     if isinstance(teacher, torch.nn.Module):
         with mode(teacher, training=False):
             yield _module_function(teacher)
@@ -70,7 +70,7 @@ def _module_function(module: torch.nn.Module) -> Callable[[Inputs, int], object]
     dtype = float_dtype(module, None)
 
     def run(inputs: Inputs, first: int) -> object:
-        # Inference mode for the module only: a Dataset that keeps the tensors it makes must make ordinary ones.
+        # Inference mode is for the module only, because tensors that a Dataset makes and keeps must be ordinary ones.
         with torch.inference_mode():
             return module(as_input(inputs, dtype))
 
@@ -86,7 +86,7 @@ def _without_gradients(function: Callable[[Inputs], object]) -> Callable[[Inputs
 
 
 def _as_targets(output: object, first: int, rows: int) -> SoftTargets:
-    """A batch's output as soft targets, checked; ``first`` is the number of its first row."""
+    """Convert a batch's output to soft targets, and check them; ``first`` is the number of the batch's first row."""
     if not isinstance(output, SoftTargets | Tensor | np.ndarray):
         raise TypeError(f"teacher must return logits or SoftTargets, got {type(output).__name__}")
     targets = output if isinstance(output, SoftTargets) else SoftTargets.from_logits(output)
@@ -105,7 +105,7 @@ def _as_targets(output: object, first: int, rows: int) -> SoftTargets:
 
 
 def _keep_k(targets: SoftTargets, request: Request) -> SoftTargets:
-    """The top k of the targets if the request has a k; targets that are top-k targets already must have the same k."""
+    """Reduce targets to their top k if the request has a k. Targets that are top-k already must have the same k."""
     k, temperatures, tail = request["k"], request["temperatures"], request["tail"]
     if k is None or temperatures is None or tail is None:  # all three are None, or none of them
         return targets

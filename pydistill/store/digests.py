@@ -15,7 +15,7 @@ _CHUNK = 1 << 24  # bytes read or hashed at a time
 
 
 def byte_chunks(rows: Tensor | NDArray[Any]) -> Iterator[memoryview]:
-    """The bytes of a tensor or array with at least one dimension, in order."""
+    """Yield the bytes of a tensor or array of at least one dimension, in order."""
     if rows.dtype == object:
         raise TypeError("data must be numbers, got an array of Python objects")
     row_bytes = max(1, math.prod(rows.shape[1:]) * rows.itemsize)
@@ -25,7 +25,7 @@ def byte_chunks(rows: Tensor | NDArray[Any]) -> Iterator[memoryview]:
 
 
 def as_bytes(values: Tensor | NDArray[Any]) -> NDArray[np.uint8]:
-    """A tensor or array as a flat array of its bytes."""
+    """Return the bytes of a tensor or array as a flat array."""
     if isinstance(values, Tensor):
         values = values.detach().cpu().resolve_conj().resolve_neg()
         values = values.contiguous().reshape(-1).view(torch.uint8).numpy()
@@ -33,7 +33,7 @@ def as_bytes(values: Tensor | NDArray[Any]) -> NDArray[np.uint8]:
 
 
 def file_crc(path: Path, count: int) -> int:
-    """CRC-32 of the first ``count`` bytes of a file."""
+    """Compute the CRC-32 of the first ``count`` bytes of a file."""
     crc = 0
     with open(path, "rb", buffering=0) as file:
         while count and (chunk := file.read(min(count, _CHUNK))):

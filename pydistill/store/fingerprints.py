@@ -30,7 +30,7 @@ _SAMPLED_ITEMS = 64
 
 
 def data_fingerprint(source: Source) -> tuple[int, str]:
-    """The number of rows of the data, and their fingerprint."""
+    """Return the number of rows of the data, and the fingerprint of the data."""
     if isinstance(source, DataLoader) and reads_in_order(source):
         source = inputs_of_tensor_dataset(source.dataset)
     if isinstance(source, Dataset):
@@ -68,14 +68,14 @@ def _sample_digest(dataset: Dataset[Any]) -> str:
 
 
 def _form(inputs: Inputs) -> str:
-    """The dtype and shape of a row."""
+    """Return the dtype and shape of a row."""
     return f"{str(inputs.dtype).removeprefix('torch.')} {tuple(inputs.shape[1:])}"
 
 
 def teacher_fingerprint(teacher: Teacher, given: str | None = None) -> str:
-    """The fingerprint of a teacher: of a module's state, a classifier's pickle, or the bytes of soft targets.
+    """Return the fingerprint of a module's state, a classifier's pickle, the bytes of soft targets, or a callable.
 
-    Nothing is known of a callable; its fingerprint is the string that the caller gives for it.
+    A callable cannot be inspected. Its fingerprint is ``given``, the string that the caller gives for it.
     """
     known = isinstance(teacher, torch.nn.Module | SoftTargets) or hasattr(teacher, "predict_proba")
     if not known and not callable(teacher):
@@ -91,9 +91,9 @@ def teacher_fingerprint(teacher: Teacher, given: str | None = None) -> str:
         parts |= {f"log_partition {t:g}": x for t, x in teacher.log_partitions.items()}
         return f"SoftTargets, sha256 {_parts_digest(parts)} {teacher.tail} {tuple(teacher.shape)}"
     if known:
-        import joblib  # scikit-learn needs it
+        import joblib  # a dependency of scikit-learn
 
-        # A pickle's bytes change when it is loaded and written again; the bytes of one that was loaded stay the same.
+        # The pickle of an object can differ from that of its unpickled copy, so the hash is always that of a copy.
         return f"a {type(teacher).__name__}, {joblib.hash(pickle.loads(pickle.dumps(teacher)))}"
     return UNCHECKED_CALLABLE if given is None else f"a callable, {given}"
 
@@ -101,7 +101,7 @@ def teacher_fingerprint(teacher: Teacher, given: str | None = None) -> str:
 def _parts_digest(parts: Mapping[str, object]) -> str:
     digest = hashlib.sha256()
     for name, value in sorted(parts.items()):
-        if isinstance(value, Tensor):  # a module's extra state can be anything
+        if isinstance(value, Tensor):  # extra state of a module, which can have any type, is left out
             digest.update(f"{name} {value.dtype} {tuple(value.shape)} ".encode())
             digest.update(as_bytes(value).data)
     return digest.hexdigest()[:32]

@@ -18,7 +18,7 @@ DTYPES: dict[DTypeName, torch.dtype] = {
 _NUMPY_DTYPES: dict[DTypeName, type[np.generic]] = {
     "float32": np.float32,
     "float16": np.float16,
-    "bfloat16": np.uint16,  # numpy has no bfloat16: its bits
+    "bfloat16": np.uint16,  # numpy has no bfloat16; the bits are stored
 }
 
 
@@ -33,7 +33,7 @@ class Layout(TypedDict):
 
 
 def layout_of(targets: SoftTargets, shape: list[int], dtype: DTypeName) -> Layout:
-    """The layout of a store that holds such targets."""
+    """Return the layout of a store that holds targets of this form."""
     return {
         "shape": shape,
         "dtype": dtype,
@@ -44,7 +44,7 @@ def layout_of(targets: SoftTargets, shape: list[int], dtype: DTypeName) -> Layou
 
 
 def file_specs(layout: Layout) -> dict[str, tuple[type[np.generic], tuple[int, ...]]]:
-    """The dtype and shape of each file of a layout, by file name."""
+    """Return the dtype and shape of each file of a layout, by file name."""
     shape, k, dtype = tuple(layout["shape"]), layout["k"], _NUMPY_DTYPES[layout["dtype"]]
     if k is None:
         return {"logits.npy": (dtype, shape)}
@@ -58,7 +58,7 @@ def file_specs(layout: Layout) -> dict[str, tuple[type[np.generic], tuple[int, .
 
 
 def as_columns(targets: SoftTargets, dtype: DTypeName, first: int) -> dict[str, NDArray[Any]]:
-    """A batch as the arrays that are written, by file name; ``first`` is the number of its first row."""
+    """Convert a batch to the arrays that are written, by file name; ``first`` is the number of its first row."""
     logits = targets.logits.cpu()
     if targets.indices is not None and dtype != "float32":
         logits = logits - logits.amax(-1, keepdim=True)

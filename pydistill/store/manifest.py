@@ -51,12 +51,12 @@ _FILE = {"header": int, "row_bytes": int, "crc32": int}
 
 
 def manifest_crc(manifest: Mapping[str, object]) -> int:
-    """The manifest's checksum, which its file holds; it also distinguishes one store from another."""
+    """Return the checksum that is stored with the manifest; it also distinguishes one store from another."""
     return zlib.crc32(json.dumps(manifest, sort_keys=True).encode())
 
 
 def read_manifest(folder: Path) -> Manifest | None:
-    """The folder's manifest, checked; None if there is none."""
+    """Read and check the folder's manifest; return None if there is none."""
     try:
         content = (folder / _MANIFEST).read_bytes()
     except FileNotFoundError:
@@ -65,7 +65,7 @@ def read_manifest(folder: Path) -> Manifest | None:
         found: Any = parse_json(content)
         checksum = found.pop("checksum") if isinstance(found, dict) else None
         unchanged = checksum is not None and checksum == manifest_crc(found)
-    except (ValueError, KeyError, RecursionError):  # the last: JSON so deep that it can be read, but not written
+    except (ValueError, KeyError, RecursionError):  # RecursionError: nested too deeply to be written again
         unchanged = False
     if not unchanged:
         raise _damaged(folder, _MANIFEST, "is not a manifest, or was changed")
@@ -82,7 +82,7 @@ def read_manifest(folder: Path) -> Manifest | None:
 
 
 def _contradiction(manifest: Manifest) -> str | None:
-    """An impossible value in a manifest of the right form; None if there is none."""
+    """Describe an impossible value in a manifest of the right form; None if there is none."""
     layout, written, files = manifest["layout"], manifest["rows_written"], manifest["files"]
     shape, dtype, k, temperatures = layout["shape"], layout["dtype"], layout["k"], layout["temperatures"]
     if len(shape) < 2 or min(shape) < 1:
@@ -98,7 +98,7 @@ def _contradiction(manifest: Manifest) -> str | None:
     if not 0 <= written <= shape[0]:
         return f"has {written} as rows_written, of {shape[0]} rows"
     specs = file_specs(layout)
-    if files.keys() != specs.keys() and (files or written):  # before the first row there may be none
+    if files.keys() != specs.keys() and (files or written):  # before the first row there may be no files
         return f"has {', '.join(files) or 'nothing'} as files, which must be {', '.join(specs)}"
     for name, entry in files.items():
         problem = form_problem(entry, _FILE, f"files.{name}")
@@ -107,7 +107,7 @@ def _contradiction(manifest: Manifest) -> str | None:
         of_dtype, of_shape = specs[name]
         row_bytes = np.dtype(of_dtype).itemsize * math.prod(of_shape[1:])
         if entry["row_bytes"] != row_bytes or entry["header"] < 0:
-            return f"has {entry} as files.{name}, of {row_bytes} bytes a row"
+            return f"has {entry} as files.{name}, whose rows have {row_bytes} bytes"
     return None
 
 
@@ -118,7 +118,7 @@ def replace_manifest(folder: Path, manifest: Manifest) -> None:
 
 
 def check_holds_nothing(folder: Path) -> None:
-    """Check that a folder without a manifest is empty: its files would be somebody else's."""
+    """Check that a folder without a manifest is empty, because any file in it does not belong to a store."""
     unfinished = unfinished_path(folder / _MANIFEST)
     others = sorted(path.name for path in folder.iterdir() if path != unfinished)
     if others:

@@ -22,7 +22,7 @@ class StoreOptions(TypedDict):
 
 
 class Request(StoreOptions):
-    """What a store is to hold, as the manifest records it: the options, and fingerprints of data and teacher."""
+    """The options of a store and the fingerprints of its data and teacher, as the manifest records them."""
 
     data: str
     teacher: str
@@ -60,8 +60,8 @@ def check_same(folder: Path, recorded: Request, given: Mapping[str, object]) -> 
     if given.get("teacher") == UNCHECKED_CALLABLE:
         warnings.warn(
             f"the store in {folder} was built with a callable too, but pydistill cannot check that it was the same "
-            'one. Pass fingerprint="..." to build and open, another string for another teacher; or pass a module, a '
-            "fitted classifier or SoftTargets as the teacher",
+            'one. Pass fingerprint="..." to build and open, with a different string for each teacher; or pass a '
+            "module, a fitted classifier or SoftTargets as the teacher",
             UserWarning,
             stacklevel=3,
         )

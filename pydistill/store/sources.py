@@ -20,7 +20,7 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
-Inputs: TypeAlias = Tensor | NDArray[Any]  # (rows, ...)
+Inputs: TypeAlias = Tensor | NDArray[Any]  # of shape (rows, ...)
 Source: TypeAlias = Inputs | Dataset[Any] | Iterable[Any]  # all inputs, a Dataset of rows, or an iterable of batches
 Data: TypeAlias = Source | tuple[Any, ...]
 
@@ -76,17 +76,17 @@ def _check_order(loader: DataLoader[Any]) -> None:
 
 
 def inputs_of_tensor_dataset(data: Any) -> Any:
-    """The inputs of a TensorDataset, its first tensor; other data are returned unchanged."""
+    """Return the inputs of a TensorDataset, its first tensor. Other data are returned unchanged."""
     return data.tensors[0] if isinstance(data, TensorDataset) else data
 
 
 def dataset_length(dataset: Dataset[Any]) -> int:
-    """The number of items of a map-style Dataset."""
+    """Return the number of items of a map-style Dataset."""
     return len(dataset)  # type: ignore[arg-type]  # torch's base class does not declare __len__
 
 
 def reads_in_order(loader: DataLoader[Any]) -> bool:
-    """Whether a loader's rows are its dataset's items, each once and in their order."""
+    """Return whether a loader's rows are its dataset's items, each once and in their order."""
     batch_sampler = loader.batch_sampler
     dataset: object = loader.dataset
     return (
@@ -98,7 +98,7 @@ def reads_in_order(loader: DataLoader[Any]) -> bool:
 
 
 def inputs_of_batches(source: Iterable[Any]) -> Iterator[Inputs]:
-    """The inputs of every batch of an iterable: the batch itself, or its first column."""
+    """Yield the inputs of each batch of an iterable: the batch itself, or its first column."""
     collated = isinstance(source, DataLoader) and source.batch_sampler is not None  # the first dimension is the rows
     for number, batch in enumerate(source):
         inputs = batch[0] if isinstance(batch, tuple | list) and batch else batch
@@ -117,7 +117,7 @@ def inputs_of_batches(source: Iterable[Any]) -> Iterator[Inputs]:
 
 
 def inputs_from_row(source: Source, start: int, batch_size: int) -> Iterator[Inputs]:
-    """Batches of the inputs from row ``start`` on; ``batch_size`` is not used for an iterable of batches."""
+    """Yield batches of the inputs from row ``start`` on; ``batch_size`` is not used for an iterable of batches."""
     if isinstance(source, Tensor | np.ndarray):
         for first in range(start, len(source), batch_size):
             yield source[first : first + batch_size]

@@ -49,15 +49,15 @@ class TeacherStore:
     DataLoader that reads one in order, it covers only the length and 64 items at fixed places. The fingerprint of a
     teacher module covers names, dtypes, shapes and bytes in its ``state_dict()``, so a change of its code is not
     detected; that of a classifier covers its pickle, that of SoftTargets their numbers. A callable cannot be checked:
-    its fingerprint is the string ``fingerprint=``, which you change whenever the callable changes; without one, a
-    warning says that the teacher was not checked.
+    its fingerprint is the string ``fingerprint=``, which you change whenever the callable changes. Without this string
+    a warning is given that the teacher was not checked.
 
     **Checksums** (CRC-32, against accidents) cover every byte of every file.
 
-    Numerics: logits are rounded to ``dtype``. Before top-k logits are rounded to a half type, the row's largest is
-    subtracted. No divergence that accepts top-k targets depends on such a constant, and the likely classes are then
-    rounded least. The log-partitions are shifted by what the rounding changed, so that the probability outside the k
-    classes is right to float64.
+    **Rounding**: logits are rounded to ``dtype``. Before top-k logits are rounded to a half type, the largest logit of
+    the row is subtracted from all of them: the divergences that accept top-k targets do not depend on such a constant,
+    and the likely classes then have the smallest rounding errors. The log-partitions are corrected for the rounding, so
+    that the probability outside the k classes has float64 precision.
 
     Attributes:
         folder: absolute path of the store.
@@ -70,7 +70,7 @@ class TeacherStore:
         >>> store = TeacherStore.build(folder.name, teacher, inputs, k=10, temperatures=(1.0, 2.0), tail="bucket")
         >>> len(store), store.shape, store[torch.tensor([5, 900, -1])]
         (1000, torch.Size([1000, 50]), SoftTargets(shape=(3, 50), dtype=torch.float16, k=10, tail='bucket'))
-        >>> store = TeacherStore.open(folder.name, data=inputs, teacher=teacher)  # the same, or an error
+        >>> store = TeacherStore.open(folder.name, data=inputs, teacher=teacher)  # checks both
         >>> student_logits = torch.zeros(3, 50, requires_grad=True)
         >>> pydistill.distillation_loss(student_logits, store[:3], alpha=1.0, temperature=2.0).backward()
         >>> TeacherStore.open(folder.name, data=inputs + 1)
@@ -114,7 +114,7 @@ class TeacherStore:
                   :func:`pydistill.teachers.teacher_outputs`;
                 - :class:`SoftTargets` with one row for each row of data, such as the out-of-fold ones of
                   :func:`pydistill.teachers.soft_targets`;
-                - a callable that maps a batch, as the data has it, to logits or SoftTargets.
+                - a callable that maps a batch of the data, unchanged, to logits or SoftTargets.
             data: the inputs, in one of three forms: a tensor or array with one row per item, or a tuple of columns of
                 one length whose first column is the inputs; a Dataset; or an iterable of batches ``(rows, ...)`` that
                 can be iterated several times, such as a list, or a DataLoader that does not shuffle. If an item or a
@@ -134,8 +134,8 @@ class TeacherStore:
                 have batches of one dimension; if a row's largest logit is not finite, or a logit is too large for
                 ``dtype``; if the folder holds other files, a store of other data, another teacher or other options (the
                 message says which), or a damaged store.
-            OSError: if nothing more can be written, for instance on a full disk. Rows already recorded are safe. If the
-                file system allows it, the space for all rows is claimed before the second batch.
+            OSError: if a file cannot be written, for instance on a full disk. Rows already recorded are safe. If the
+                file system allows it, the space for all rows is reserved before the second batch is computed.
         """
         options, batch_size = check_options(k, temperatures, tail, dtype), check_count("batch_size", batch_size)
         source = as_source(data, batch_size)
@@ -213,7 +213,7 @@ class TeacherStore:
         self._arrays = [open_map(folder / x, files[x]["header"], *spec) for x, spec in file_specs(layout).items()]
 
     def __getitem__(self, rows: RowIndex) -> SoftTargets:
-        """The targets of some rows, copied into memory; indices may be negative.
+        """Return the targets of some rows, copied into memory; indices may be negative.
 
         Args:
             rows: an index, a slice, a mask of all the rows, or a tensor, array or list of indices, of any shape.
@@ -223,9 +223,9 @@ class TeacherStore:
             IndexError: if an index is outside the rows, or a mask has another length.
             TypeError: if ``rows`` is anything else.
         """
-        # A batch of 64 takes 50 us. numpy's take checks the range and copies whole rows; torch's index_select takes
-        # half as long again, and as_tensor and .long() take 5 us each more than from_numpy and astype.
-        # The rows are always copied: writing to a tensor over a read-only map would end the process.
+        # A batch of 64 takes 50 us. numpy's take checks the range and copies whole rows. torch's index_select takes 1.5
+        # times as long, and as_tensor and .long() take 5 us each more than from_numpy and astype.
+        # The rows are always copied, because writing to a tensor that shares the read-only map would end the process.
         if isinstance(rows, tuple) and len(rows) == 2 and rows[1] is Ellipsis:
             rows = rows[0]
         if isinstance(rows, slice):
@@ -276,7 +276,7 @@ def _reopen(cls: type[TeacherStore], folder: Path, checksum: int) -> TeacherStor
 
 
 def _as_indices(rows: Any, count: int) -> NDArray[Any]:
-    """Row indices as numpy's take accepts them; a mask becomes the indices at which it is True."""
+    """Convert rows to indices for numpy's take; a mask becomes the indices at which it is True."""
     if isinstance(rows, tuple):
         types = ", ".join(type(x).__name__ for x in rows)
         raise TypeError(f"rows must be one index, a slice or a list of indices, got a tuple ({types})")

@@ -24,9 +24,10 @@ _SECONDS_BETWEEN_SYNCS = 1.0
 
 
 class _Progress(NamedTuple):
-    """The rows appended so far, the files' checksums, and whether a probability was 0: replaced in one assignment.
+    """The number of rows appended so far, the files' checksums, and whether any probability was 0.
 
-    One assignment, because an interrupt between several would leave checksums that do not fit the rows.
+    All three are replaced in one assignment, because an interrupt between several assignments would leave checksums
+    that do not belong to the rows.
     """
 
     rows: int
@@ -61,7 +62,7 @@ class Writer:
         return self._progress.rows
 
     def append(self, targets: SoftTargets) -> None:
-        """Write a batch behind the rows that are there, and sync if the last sync was long ago."""
+        """Write a batch after the rows that are already there, and sync if the last sync was long ago."""
         shape = [self._rows, *targets.shape[1:]]
         layout = layout_of(targets, shape, self._request["dtype"])
         columns = as_columns(targets, layout["dtype"], self.written)
@@ -109,7 +110,7 @@ class Writer:
                 header, row_bytes = empty.offset, empty[0].nbytes
                 del empty
                 file = self._files[name] = FileIO(self._folder / name, "r+")
-                _claim(file, header + shape[0] * row_bytes)
+                _reserve(file, header + shape[0] * row_bytes)
                 file.seek(0)
                 checksums[name] = zlib.crc32(file.read(header))
                 self._placements[name] = {"header": header, "row_bytes": row_bytes}
@@ -140,8 +141,8 @@ def _write_at(file: FileIO, offset: int, content: memoryview) -> None:
         content = content[file.write(content) :]
 
 
-def _claim(file: FileIO, size: int) -> None:
-    """Claim space for the whole file now: a full disk should stop the build before the teacher has run for hours."""
+def _reserve(file: FileIO, size: int) -> None:
+    """Reserve space for the whole file, so that a full disk stops the build before the teacher has run for hours."""
     if not hasattr(os, "posix_fallocate"):
         return
     try:
@@ -153,7 +154,7 @@ def _claim(file: FileIO, size: int) -> None:
 
 @contextmanager
 def _write_errors(folder: Path) -> Iterator[None]:
-    """Add the folder to an OSError, and how to continue."""
+    """Add the folder, and how to continue, to the message of an OSError."""
     try:
         yield
     except OSError as error:

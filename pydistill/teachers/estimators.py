@@ -1,4 +1,4 @@
-"""scikit-learn and XGBoost estimators as teachers: validation, nesting, weighted fits. Importing it needs neither."""
+"""scikit-learn and XGBoost estimators as teachers: validation, nesting, weighted fits. Neither is imported here."""
 
 import inspect
 import warnings
@@ -40,7 +40,7 @@ def check_classifier(name: str, estimator: Estimator) -> None:
 
 
 def frozen_part(estimator: Estimator) -> str | None:
-    """Name the fitted classifier or regressor, in an estimator, that ``fit`` would not refit; None if there is none.
+    """Describe a fitted classifier or regressor in an estimator that ``fit`` would not refit; None if there is none.
 
     A frozen transformer is allowed: it has not learned from the labels.
     """
@@ -76,7 +76,7 @@ def split_steps(model: Estimator) -> tuple[list[Estimator], Estimator]:
 
 
 def classifier_to_fit(estimator: Estimator) -> Estimator:
-    """The classifier to which ``fit`` passes the labels, inside Pipelines, searches and calibrations."""
+    """Return the classifier to which ``fit`` passes the labels, inside Pipelines, searches and calibrations."""
     from sklearn.pipeline import Pipeline
 
     while isinstance(estimator, Pipeline) or hasattr(estimator, "estimator"):
@@ -91,9 +91,9 @@ def fit_weighted(estimator: Estimator, X: EstimatorInput, y: ArrayLike, weight: 
 
 
 def weight_names(estimator: Estimator) -> list[str]:
-    """The keywords of ``fit`` that pass the rows' weights to the classifier; none if the classifier takes no weights.
+    """Return the keywords of ``fit`` that pass weights to the classifier; an empty list if it takes no weights.
 
-    In a Pipeline every step that takes weights gets them, so that a row of weight 2 is two rows for its scaler, too.
+    In a Pipeline every step that takes weights gets them, so that a row of weight 2 also counts twice for a scaler.
     """
     from sklearn import get_config
     from sklearn.pipeline import Pipeline
@@ -119,7 +119,7 @@ def weight_names(estimator: Estimator) -> list[str]:
 def usable_weight(
     name: str, estimator: Estimator, weight: NDArray[Any] | None, *, stacklevel: int
 ) -> NDArray[Any] | None:
-    """The weights, if the estimator's ``fit`` takes weights; else None, with a warning if they are not all equal."""
+    """Return the weights if the estimator's ``fit`` takes weights; else None, and warn if they are not all equal."""
     if weight is None or weight_names(estimator):
         return weight
     if weight.min() < weight.max():
@@ -133,7 +133,7 @@ def usable_weight(
 
 
 def other_classes(name: str, have: ArrayLike, want: ArrayLike) -> ValueError:
-    """The error for a fitted classifier whose classes are not those of y."""
+    """Return the error for a fitted classifier whose classes are not those of y."""
     fitted, given = np.asarray(have).tolist(), np.asarray(want).tolist()
     codes = len(fitted) == len(given) and fitted == list(range(len(given)))
     hint = ". It was fitted on codes: pass them as y too, LabelEncoder().fit_transform(y)" if codes else ""
@@ -141,7 +141,7 @@ def other_classes(name: str, have: ArrayLike, want: ArrayLike) -> ValueError:
 
 
 def is_a(estimator: Estimator, package: str, name: str) -> bool:
-    """Whether an estimator is an instance of a package's class or of its subclass, without importing the package."""
+    """Return whether an estimator's class, or a base class of it, has this name and package. Nothing is imported."""
     return any(c.__name__ == name and c.__module__.split(".")[0] == package for c in type(estimator).__mro__)
 
 

@@ -14,40 +14,40 @@ class Splitter(Protocol):
     """A cross-validation splitter of scikit-learn, such as KFold."""
 
     def split(self, X: Any, y: Any, groups: Any = ...) -> Iterable[Any]:
-        """Pairs (train, test) of arrays of row numbers."""
+        """Yield pairs (train, test) of arrays of row numbers."""
         ...
 
 
 Folds: TypeAlias = int | Splitter | Iterable[Sequence[ArrayLike]]
 
 
-def counted_folds(cv: Folds, counts: NDArray[np.bool_]) -> Folds:
-    """Folds over the rows that count; splits that hold row numbers among all rows are renumbered."""
+def counted_folds(cv: Folds, kept: NDArray[np.bool_]) -> Folds:
+    """Return folds over the rows that are kept. Row numbers in ``cv``, which count all rows, are renumbered."""
     from sklearn.model_selection import PredefinedSplit
 
     if isinstance(cv, PredefinedSplit):
         splits = cv.split()
     elif not isinstance(cv, Iterable) or hasattr(cv, "split"):
-        return cv  # it gets the rows that count, and no others
+        return cv  # it is called with the kept rows only
     else:
         splits = cv
-    places: NDArray[np.intp] = np.cumsum(counts) - 1
-    return [tuple(_renumbered(part, counts, places) for part in split) for split in splits]
+    places: NDArray[np.intp] = np.cumsum(kept) - 1
+    return [tuple(_renumbered(part, kept, places) for part in split) for split in splits]
 
 
-def _renumbered(rows: ArrayLike, counts: NDArray[np.bool_], places: NDArray[np.intp]) -> NDArray[np.intp]:
+def _renumbered(rows: ArrayLike, kept: NDArray[np.bool_], places: NDArray[np.intp]) -> NDArray[np.intp]:
     numbers = np.asarray(rows)
-    if numbers.size and not (numbers.dtype.kind in "iu" and numbers.min() >= 0 and numbers.max() < len(counts)):
-        raise ValueError(f"cv must hold numbers of rows, from 0 to {len(counts) - 1}, got {few(numbers.tolist())}")
+    if numbers.size and not (numbers.dtype.kind in "iu" and numbers.min() >= 0 and numbers.max() < len(kept)):
+        raise ValueError(f"cv must hold numbers of rows, from 0 to {len(kept) - 1}, got {few(numbers.tolist())}")
     numbers = numbers.astype(np.intp)
-    new: NDArray[np.intp] = places[numbers[counts[numbers]]]
+    new: NDArray[np.intp] = places[numbers[kept[numbers]]]
     return new
 
 
 def fold_indices(
     X: EstimatorInput, y: NDArray[Any], classes: NDArray[Any], cv: Folds
 ) -> list[tuple[NDArray[Any], NDArray[Any]]]:
-    """The folds as a list of (train, test) indices; every rule is checked before anything is fitted."""
+    """Return the folds as a list of (train, test) indices; all of them are checked before anything is fitted."""
     from sklearn.model_selection import StratifiedKFold, check_cv
 
     folds = check_cv(cv, y, classifier=True)

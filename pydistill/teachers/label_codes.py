@@ -35,18 +35,18 @@ class OnLabelCodes(ClassifierMixin, BaseEstimator):
         return self
 
     def predict(self, X: EstimatorInput) -> NDArray[Any]:
-        """The labels of the codes that the classifier predicts."""
+        """Predict labels: those whose codes the classifier predicts."""
         labels: NDArray[Any] = self.classes_[self.estimator_.predict(X)]
         return labels
 
     def predict_proba(self, X: EstimatorInput) -> NDArray[Any]:
-        """The classifier's probabilities."""
+        """Return the classifier's probabilities, with columns in the order of ``classes_``."""
         probs: NDArray[Any] = self.estimator_.predict_proba(X)
         return probs
 
 
 def for_labels(estimator: Estimator, classes: NDArray[Any]) -> Estimator:
-    """The estimator; or, if it does not accept these classes as labels, a wrapper that fits it on their codes."""
+    """Return the estimator or, if it does not accept these labels, a wrapper that fits it on their codes."""
     needs_codes = is_a(classifier_to_fit(estimator), "xgboost", "XGBClassifier")
     if not needs_codes or classes.tolist() == list(range(len(classes))):
         return estimator

@@ -27,7 +27,8 @@ from pydistill.teachers.estimators import (
 from pydistill.teachers.folds import Folds, counted_folds, fold_indices
 
 # Classifiers whose decision values are logits: the softmax of these values (of [0, d] for one column d) is
-# predict_proba. SVC is not among them, whose decision values are distances or votes, nor AdaBoost, which scales them.
+# predict_proba. SVC is not listed, because its decision values are distances or votes, and AdaBoost is not listed,
+# because it scales its decision values.
 _LOGIT_CLASSES = (
     "LogisticRegression",  # and LogisticRegressionCV, which derives from it
     "HistGradientBoostingClassifier",
@@ -51,7 +52,7 @@ def soft_targets(
     in_sample: bool = False,
     sample_weight: ArrayLike | None = None,
 ) -> SoftTargets:
-    """A scikit-learn classifier's soft targets for its training rows, each from a refit that did not see the row.
+    """Compute a classifier's soft targets for its training rows, each from a refit that did not see the row.
 
     The targets are logits if the classifier has them: the decision values of logistic regression, linear
     discriminant analysis and (Hist)GradientBoosting, and the margins of XGBClassifier. For every other classifier they
@@ -70,10 +71,11 @@ def soft_targets(
         y: ``(N,)``, the labels: integers, strings, booleans.
         cv: number of folds, stratified and in the rows' order as in scikit-learn, or a splitter, or an iterable of
             ``(train, test)`` indices, as ``GroupKFold(5).split(X, y, groups)`` gives it.
-        in_sample: take the fitted estimator's outputs for X as they are, although it has seen these rows. Warns.
+        in_sample: take the fitted estimator's outputs for X as they are, although it has seen these rows. A warning is
+            given.
         sample_weight: ``(N,)``, finite and >= 0. The weights are passed to ``fit`` if it takes weights: in a Pipeline
             to every step that takes them; with metadata routing enabled, to every object that requests them. If ``fit``
-            takes no weights, a warning says so, and the estimator is refitted on the rows of positive weight, without
+            takes no weights, a warning is given, and the estimator is refitted on the rows of positive weight, without
             weights. Rows of weight 0 are removed before anything else: they are in no fold, their labels are not among
             the classes, and their targets are uniform. Row numbers in ``cv`` still count all rows.
 
@@ -88,7 +90,7 @@ def soft_targets(
             each row once; if some rows were never out of bag; if, with ``in_sample``, the estimator's classes are not
             those of y; if the weights have another length, are negative, not finite, or all 0. Errors that the
             estimator raises are passed on.
-        TypeError: if the estimator is a class, a torch module or no classifier at all, or if X has no rows.
+        TypeError: if the estimator is a class, a torch module or not a classifier, or if X is not an array of rows.
 
     Example:
         >>> from sklearn.datasets import load_iris
@@ -112,9 +114,9 @@ def soft_targets(
     weight = _check_weight(sample_weight, X)
     if weight is None or (weight > 0).all():
         return _as_targets(_targets(estimator, X, labels, cv, in_sample, weight))
-    counts = weight > 0
-    rows = np.flatnonzero(counts)
-    folds = counted_folds(cv, counts)
+    kept = weight > 0
+    rows = np.flatnonzero(kept)
+    folds = counted_folds(cv, kept)
     logits = _targets(estimator, _take(X, rows), labels[rows], folds, in_sample, weight[rows])
     uniform = logits.new_zeros(len(labels), logits.shape[1])
     return _as_targets(uniform.index_copy(0, torch.from_numpy(rows), logits))
@@ -123,7 +125,7 @@ def soft_targets(
 def _targets(
     estimator: Estimator, X: EstimatorInput, y: NDArray[Any], cv: Folds, in_sample: bool, weight: NDArray[Any] | None
 ) -> Tensor:
-    """The logits of rows whose weights are all positive."""
+    """Return the logits of rows whose weights are all positive."""
     from pydistill.teachers.label_codes import for_labels  # it imports scikit-learn
 
     classes = _check_labels(y)
@@ -136,7 +138,7 @@ def _targets(
 
 
 def teacher_outputs(teacher: nn.Module | Estimator, X: EstimatorInput, *, batch_size: int = 256) -> SoftTargets:
-    """A fitted teacher's soft targets for rows that it was **not** fitted on: unlabelled data, validation rows.
+    """Compute a fitted teacher's soft targets for rows that it was **not** fitted on, such as unlabelled rows.
 
     For its training rows use :func:`soft_targets`: a teacher is far more confident about those than about others.
 
@@ -155,7 +157,7 @@ def teacher_outputs(teacher: nn.Module | Estimator, X: EstimatorInput, *, batch_
     Raises:
         ValueError: if there are no rows, batch_size is below 1, a classifier has no predict_proba, or outputs hold NaN.
         TypeError: if a module's output is not a floating-point tensor with one row per input; if the teacher is a
-            class, or no classifier at all; if X is neither a tensor nor an array, such as a DataLoader.
+            class, or not a classifier; if X is neither a tensor nor an array, such as a DataLoader.
 
     Example:
         >>> import torch
@@ -198,7 +200,7 @@ def _out_of_bag(
 
     fitted = fit_weighted(clone(estimator), X, y, weight)
     probs = fitted.oob_decision_function_
-    never = ~(probs.sum(1) > 0)  # such rows are 0 in forests and NaN in BaggingClassifier
+    never = ~(probs.sum(1) > 0)  # such rows hold 0 in forests and NaN in BaggingClassifier
     if never.any():
         raise ValueError(
             f"estimator has no out-of-bag targets for {never.sum()} of {len(y)} rows (the first is row "
@@ -233,18 +235,18 @@ def _has_logits(estimator: Estimator) -> bool:
 
 
 def _expand(scores: ArrayLike) -> Tensor:
-    """Logits as (N, C). For two classes scikit-learn gives one column d, the difference of the logits: [0, d]."""
+    """Return logits (N, C). For two classes scikit-learn gives one column d, their difference, which becomes [0, d]."""
     logits = torch.as_tensor(np.ascontiguousarray(scores), dtype=torch.float32)
     return torch.stack([torch.zeros_like(logits), logits], -1) if logits.dim() == 1 else logits
 
 
 def _log(probs: ArrayLike) -> Tensor:
-    """Logarithms in the precision of the probabilities: 1e-50 is 0 in float32, but its logarithm is not -inf."""
+    """Take logarithms before converting to float32, in which 1e-50 would become 0 and its logarithm -inf."""
     return SoftTargets.from_probs(np.ascontiguousarray(probs)).logits.float()
 
 
 def _in_columns(logits: Tensor, estimator: Estimator, classes: NDArray[Any]) -> Tensor:
-    """The logits with their columns in the order of ``classes``."""
+    """Return the logits with their columns in the order of ``classes``."""
     have, want = np.asarray(estimator.classes_).tolist(), classes.tolist()
     if have == want:
         return logits
@@ -254,7 +256,7 @@ def _in_columns(logits: Tensor, estimator: Estimator, classes: NDArray[Any]) -> 
 
 
 def _module_logits(module: nn.Module, X: EstimatorInput, batch_size: int) -> Tensor:
-    X = X if isinstance(X, Tensor) else np.asarray(_as_rows(X))  # a memory map stays one
+    X = X if isinstance(X, Tensor) else np.asarray(_as_rows(X))  # this does not read a memory map
     if X.ndim == 0 or not len(X):
         raise ValueError(f"X must hold at least one row, got shape {tuple(X.shape)}")
     dtype = float_dtype(module, torch.float32)
@@ -274,7 +276,7 @@ def _module_logits(module: nn.Module, X: EstimatorInput, batch_size: int) -> Ten
 def about_batch(name: str, first: int, rows: Tensor | NDArray[Any]) -> AbstractContextManager[None]:
     """Prefix a teacher's errors with the rows of the batch and their shape; ``first`` is the number of its first row.
 
-    torch's own error, such as one for inputs of the wrong width, does not say which of the caller's data it is about.
+    torch's own error, for instance for inputs of the wrong width, does not name the caller's data.
     """
     last = first + len(rows) - 1
     return about(
@@ -289,8 +291,8 @@ def _as_rows(X: EstimatorInput) -> EstimatorInput:
     rows = np.asarray(X)
     if rows.ndim == 0:
         raise TypeError(
-            f"X must be a tensor or an array with a row per item, got {type(X).__name__}; of a DataLoader concatenate "
-            "the inputs: torch.cat([batch[0] for batch in loader])"
+            f"X must be a tensor or an array with a row per item, got {type(X).__name__}; for a DataLoader, "
+            "concatenate its inputs: torch.cat([batch[0] for batch in loader])"
         )
     return rows
 
@@ -306,7 +308,7 @@ def _as_targets(logits: Tensor) -> SoftTargets:
     rows = torch.isnan(logits).flatten(1).any(1)
     if rows.any():
         raise ValueError(f"teacher must not give NaN, as it does for row {int(rows.nonzero()[0])}")
-    return SoftTargets.from_log_probs(logits)  # logits are log-probabilities plus a constant per row; -inf is noted
+    return SoftTargets.from_log_probs(logits)  # logits are log-probabilities plus a constant per row
 
 
 def _check_probabilities(estimator: Estimator) -> None:
@@ -332,7 +334,7 @@ def _check_rows(X: EstimatorInput, y: ArrayLike) -> tuple[EstimatorInput, NDArra
 
 
 def _check_labels(y: NDArray[Any]) -> NDArray[Any]:
-    """The classes of the labels, sorted."""
+    """Return the classes of the labels, sorted."""
     from sklearn.utils.multiclass import check_classification_targets
 
     check_classification_targets(y)

@@ -24,7 +24,7 @@ from pydistill._files import form_problem, parse_json, safetensors_torch, unfini
 from pydistill.trainer.history import Scores
 from pydistill.trainer.totals import Totals
 
-State: TypeAlias = dict[str, Any]  # a tree, whose form is checked by form_problem when it is read
+State: TypeAlias = dict[str, Any]  # a tree of values; load_run checks its form
 Folder: TypeAlias = str | PathLike[str]
 
 _NAME = re.compile(r"checkpoint-\d{8}-[0-9a-f]{32}\.safetensors")
@@ -33,8 +33,8 @@ _KEYS = str | bool | int | float | None  # keys of dicts: JSON keeps their types
 
 _NUMBER = int | float
 _NUMBERS = (_NUMBER,) * len(Scores._fields)
-# The form of what the Trainer reads itself. The states of the callbacks, and most of those of the optimizer and the
-# scheduler, are checked by their own load_state_dict.
+# The fields that the Trainer reads itself, with their types. The states of the callbacks, and most entries in those of
+# the optimizer and the scheduler, are checked by their own load_state_dict.
 RUN_FIELDS: dict[str, Any] = {
     "epoch": int,
     "batch": int,
@@ -47,7 +47,7 @@ _STATE: State = {
     "setup": dict,
     "run": RUN_FIELDS,
     "totals": {field.name: _NUMBER for field in fields(Totals)},
-    "history": [(int, _NUMBERS, object, _NUMBER)],  # the third: numbers, or None without validation data
+    "history": [(int, _NUMBERS, object, _NUMBER)],  # the third item: the validation scores, or None
     "stopped": int | None,
     "random": Tensor,
     "student": dict,
@@ -59,7 +59,15 @@ _STATE: State = {
 
 
 def save(folder: Folder, number: int, state: State) -> Path:
-    """Write the state, a tree of dicts, lists, tuples, numbers, strings and tensors; the two newest files are kept.
+    """Write a checkpoint, and delete all but the two newest ones.
+
+    Args:
+        folder: the folder of the checkpoints, created if it does not exist.
+        number: the number of the checkpoint, which becomes part of the file's name.
+        state: a tree of dicts, lists, tuples, numbers, strings and tensors.
+
+    Returns:
+        Path: the file.
 
     Raises:
         OSError: the disk is full, or the folder cannot be written; earlier checkpoints are untouched.
@@ -79,19 +87,23 @@ def save(folder: Folder, number: int, state: State) -> Path:
     except OSError as error:
         outcome = "was written, but a power failure may undo that" if path.exists() else "was not written"
         raise OSError(error.errno, f"checkpoint {number} {outcome}; earlier ones are intact: {error}") from error
-    # Another file of the same number is damaged: the run was resumed from the one before it.
+    # A second file with this number is damaged, because the run was resumed from the checkpoint before it. It is sorted
+    # to the end, so that it is deleted first.
     others = sorted((x for x in found(folder) if x != path), key=lambda x: _name_parts(x)[0] == number)
-    of_killed_runs = folder.glob(unfinished_path(Path("checkpoint-*.safetensors")).name)
-    for old in [*others[_KEPT - 1 :], *of_killed_runs]:
+    left_by_killed_runs = folder.glob(unfinished_path(Path("checkpoint-*.safetensors")).name)
+    for old in [*others[_KEPT - 1 :], *left_by_killed_runs]:
         old.unlink(missing_ok=True)
     return path
 
 
 def load_newest(folder: Folder) -> State | None:
-    """The state of the newest intact checkpoint; None if there is none yet. A damaged one causes a warning.
+    """Return the state of the newest intact checkpoint, or None if there are no checkpoints.
+
+    A warning is given for each newer checkpoint that is damaged.
 
     Raises:
-        ValueError: there are checkpoints, and all of them are damaged; or the newest intact one holds something else.
+        ValueError: there are checkpoints, and all of them are damaged; or the newest intact file was not written by
+            :func:`save`.
     """
     newest = _load_newest(folder)
     return None if newest is None else newest[1]
@@ -100,13 +112,15 @@ def load_newest(folder: Folder) -> State | None:
 def load_run(
     folder: Folder, setup: Mapping[str, object], student: nn.Module, scheduler: object, callbacks: Sequence[object]
 ) -> State | None:
-    """The newest state in a folder, checked as far as a Trainer with these parts needs; None if there is none.
+    """Return the newest state in a folder, checked for use by a Trainer with these parts; None if there is none.
 
-    ``setup`` holds the options that must be the same as when the checkpoint was made. Nothing is loaded into the parts.
+    The state must have the options that are named in ``setup``; their values are not compared. Nothing is loaded into
+    the parts.
 
     Raises:
-        ValueError: as for :func:`load_newest`; a state that lacks something or has it in another form; one of another
-            student, of other callbacks, or with a scheduler where there is none now, or none where there is one.
+        ValueError: as for :func:`load_newest`; the state lacks a field, or a field has the wrong type; it was saved
+            with another student or other callbacks; it has the state of a scheduler and ``scheduler`` is None, or it
+            has none and ``scheduler`` is not None.
     """
     newest = _load_newest(folder)
     if newest is None:
@@ -122,7 +136,7 @@ def load_run(
 
 
 def _state_problem(state: State, setup: Mapping[str, object]) -> str | None:
-    """How a state differs in form from those that the Trainer writes; None if it does not."""
+    """Describe how the form of a state differs from that of the states that the Trainer writes; None if it does not."""
     problem = form_problem(state, _STATE | {"setup": dict.fromkeys(setup, object)})
     if problem:
         return problem
@@ -145,29 +159,29 @@ def _state_problem(state: State, setup: Mapping[str, object]) -> str | None:
 
 
 def _other_parts(state: State, student: nn.Module, scheduler: object, callbacks: Sequence[object]) -> str | None:
-    """How the parts that were saved in a checkpoint differ from the Trainer's; None if they do not."""
+    """Describe how the parts that were saved in a checkpoint differ from the Trainer's; None if they do not."""
     saved, own = state["student"], student.state_dict()
     for name in sorted(saved.keys() ^ own.keys(), key=str):
-        return f"holds another student: {name} is only in {'it' if name in saved else 'the student'}"
+        return f"holds another student: {name} is only in the {'checkpoint' if name in saved else 'student'}"
     for name, x in own.items():
         if is_lazy(x):  # gets its shape and dtype when the state is loaded
             continue
         forms = [f"{y.dtype} {tuple(y.shape)}" if isinstance(y, Tensor) else type(y).__name__ for y in (saved[name], x)]
         if forms[0] != forms[1]:
-            return f"holds another student: {name} is {forms[0]} in it and {forms[1]} in the student"
+            return f"holds another student: {name} is {forms[0]} in the checkpoint and {forms[1]} in the student"
     if (state["scheduler"] is None) != (scheduler is None):
-        return f"was made with{'out' if state['scheduler'] is None else ''} a scheduler; pass the same ones again"
+        return f"was made with{'out' if state['scheduler'] is None else ''} a scheduler; pass the same arguments again"
     if len(state["callbacks"]) != len(callbacks):
-        return f"was made with {len(state['callbacks'])} callbacks, got {len(callbacks)}; pass the same ones"
-    for i, (of_callback, callback) in enumerate(zip(state["callbacks"], callbacks, strict=True)):
-        if (of_callback is None) == hasattr(callback, "load_state_dict"):
+        return f"was made with {len(state['callbacks'])} callbacks, got {len(callbacks)}; pass the same callbacks"
+    for i, (saved_state, callback) in enumerate(zip(state["callbacks"], callbacks, strict=True)):
+        if (saved_state is None) == hasattr(callback, "load_state_dict"):
             return f"was made with other callbacks: number {i} is now {type(callback).__name__}; pass the same ones"
     return None
 
 
 @contextmanager
 def loading(part: str) -> Iterator[None]:
-    """Turn errors of a ``load_state_dict`` into one that names the part: the original may hold a missing key alone."""
+    """Turn errors of ``load_state_dict`` into one that names the part; the original may consist of a missing key."""
     try:
         yield
     except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
@@ -189,7 +203,7 @@ def _load_newest(folder: Folder) -> tuple[Path, State] | None:
 
 
 def found(folder: Folder) -> list[Path]:
-    """The folder's checkpoints, damaged ones too, newest first."""
+    """Return the folder's checkpoints, damaged ones too, newest first."""
     folder = Path(folder)
     if not folder.is_dir():
         return []
@@ -207,7 +221,7 @@ def _decode_file(path: Path, data: bytes) -> State:
 
     problem: object
     try:
-        tensors = safetensors_torch().load(data)  # which checks the header, read again below
+        tensors = safetensors_torch().load(data)  # this also checks the header, which is read again below
         header = parse_json(data[8 : 8 + int.from_bytes(data[:8], "little")])
         tree = (header.get("__metadata__") or {}).get("state")
         if tree is None:
@@ -224,7 +238,7 @@ def _decode_file(path: Path, data: bytes) -> State:
 
 
 def _encode(value: Any, tensors: dict[str, Tensor], path: str) -> Any:
-    """Convert a tree to what JSON can hold; its tensors are put into ``tensors``, under their paths."""
+    """Convert a tree to a form that JSON can hold. Its tensors are put into ``tensors``, with their paths as keys."""
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, Tensor):
@@ -248,7 +262,7 @@ def _encode(value: Any, tensors: dict[str, Tensor], path: str) -> Any:
 
 
 def _decode(value: Any, tensors: Mapping[str, Tensor], path: str) -> Any:
-    """Convert what :func:`_encode` returned back to the tree."""
+    """Convert a result of :func:`_encode` back to the tree."""
     if isinstance(value, list):
         return [_decode(v, tensors, f"{path}.{k}") for k, v in enumerate(value)]
     if not isinstance(value, dict):

@@ -25,17 +25,17 @@ from pydistill.trainer.history import EpochRecord
 
 Loss: TypeAlias = DistillationLoss | Callable[..., tuple[Tensor, LossMetrics]]
 Teacher: TypeAlias = nn.Module | SoftTargets | TeacherStore | Tensor
-Callback: TypeAlias = Callable[[Any, EpochRecord], object]  # called with the Trainer
+Callback: TypeAlias = Callable[[Any, EpochRecord], object]  # the first argument is the Trainer
 Schedules: TypeAlias = Mapping[str, Callable[[int], Any]]
 
-TEACHER_ROWS = (SoftTargets, TeacherStore, Tensor)  # teachers that are outputs, with a row per training row
+TEACHER_ROWS = (SoftTargets, TeacherStore, Tensor)  # teachers given as outputs, one row per training row
 _BATCH_NORMS = (torch.nn.BatchNorm1d, torch.nn.BatchNorm2d, torch.nn.BatchNorm3d)
 _LOSSES = (DistillationLoss, LinearDistillationLoss)
 _ORDER = "the order is Trainer(student, loss, teacher=teacher)"
 
 
 def check_seed(seed: object) -> int | None:
-    """Check that a seed is None or in the range of torch's generator, which would wrap negative numbers."""
+    """Check that a seed is None or in the range of torch's generator, in which torch would wrap negative numbers."""
     if seed is None:
         return None
     if isinstance(seed, bool) or not isinstance(seed, Integral):
@@ -78,8 +78,8 @@ def check_student(student: object) -> None:
         raise ValueError(f"student must have parameters to train, got {type(student).__name__} without any")
     if any(map(is_lazy, parameters)):
         raise ValueError(
-            f"student must have parameters with a shape, and the lazy ones of this {type(student).__name__} have none "
-            "yet: call it on a batch before, student(inputs)"
+            f"student must have parameters with a shape, but the lazy ones of this {type(student).__name__} have none "
+            "yet: call student(inputs) on a batch first"
         )
 
 
@@ -95,14 +95,14 @@ def check_teacher(teacher: object) -> None:
 
 
 def check_teacher_rows(teacher: object, train: PreparedData) -> None:
-    """Check that a teacher of outputs has a row per training row."""
+    """Check that a teacher given as outputs has one row per training row."""
     if not isinstance(teacher, TEACHER_ROWS):
         return
     count = row_count(train)
     if count is None:
         raise ValueError(
-            f"teacher: {type(teacher).__name__} has a row per training row, and an iterable does not say which rows "
-            "its batches are; pass tensors or a Dataset"
+            f"teacher: {type(teacher).__name__} has one row per training row, but the batches of an iterable have no "
+            "row numbers; pass train as tensors or a Dataset"
         )
     if count != len(teacher):
         raise ValueError(f"teacher must have a row per row of train, got {len(teacher)} for {count}")
@@ -128,7 +128,7 @@ def check_loss(loss: Any) -> None:
 
 
 def check_result(loss: object, result: Any) -> tuple[Tensor, LossMetrics]:
-    """Check the form of what the loss returned under return_metrics=True. Returns it."""
+    """Check the form of the loss function's result with return_metrics=True, and return it."""
     if not (isinstance(result, tuple | list) and len(result) == 2 and isinstance(result[0], Tensor)):
         raise TypeError(f"loss must return (loss, LossMetrics); {describe(loss)} returned {describe(result)}")
     value, metrics = result
@@ -154,8 +154,8 @@ def check_trainable(student: nn.Module, optimizer: Optimizer) -> None:
     """Check that a parameter of the student that the optimizer holds requires a gradient."""
     if not any(p.requires_grad for p in student.parameters()):
         raise ValueError(
-            "student must have a parameter that requires a gradient, and all of them are frozen: call "
-            "student.requires_grad_(True), or on the part to train"
+            "student must have a parameter that requires a gradient, but all of them are frozen: call "
+            "requires_grad_(True) on the student or on the part to train"
         )
     parameters = set(student.parameters())
     held = (p for group in optimizer.param_groups for p in group["params"])
@@ -183,7 +183,7 @@ def check_scheduler(scheduler: object, optimizer: object) -> None:
 
 
 def check_horizon(scheduler: LRScheduler | None, epochs: int) -> None:
-    """Check that the scheduler was planned in epochs: it is stepped once after each of the ``epochs`` to come."""
+    """Check that the scheduler's length is in epochs: it is stepped once after each of the remaining ``epochs``."""
     for part in () if scheduler is None else _schedulers(scheduler):
         alone, name = part is scheduler, type(part).__name__
         if isinstance(part, OneCycleLR):
@@ -197,7 +197,7 @@ def check_horizon(scheduler: LRScheduler | None, epochs: int) -> None:
                 )
             continue
         length, option = _length(part)
-        done = max(getattr(x, "last_epoch", 0) for x in (scheduler, part))  # a ChainedScheduler has none
+        done = max(getattr(x, "last_epoch", 0) for x in (scheduler, part))  # a ChainedScheduler has no last_epoch
         if not epochs or length <= epochs + done:
             continue
         if isinstance(part, CyclicLR):
@@ -220,7 +220,7 @@ def _schedulers(scheduler: LRScheduler) -> Iterator[LRScheduler]:
 
 
 def _length(scheduler: LRScheduler) -> tuple[float, str | None]:
-    """``(steps, option)``: the number of steps after which it is complete, and the option that sets this number."""
+    """Return ``(steps, option)``: the number of steps until it is complete, and the option that sets this number."""
     if isinstance(scheduler, CyclicLR):
         return scheduler.total_size, "step_size_up + step_size_down"
     for option in ("T_max", "total_iters"):
@@ -231,7 +231,7 @@ def _length(scheduler: LRScheduler) -> tuple[float, str | None]:
 
 
 def check_callbacks(callbacks: Any) -> tuple[Callback, ...]:
-    """Check that the callbacks are functions of (trainer, record). Returns them."""
+    """Check that the callbacks are functions of (trainer, record), and return them."""
     rule = "callbacks must be a sequence of functions of (trainer, record)"
     if not isinstance(callbacks, Iterable) or isinstance(callbacks, str | type):
         hint = ": put it into a list" if callable(callbacks) else ""
@@ -248,7 +248,7 @@ def check_callbacks(callbacks: Any) -> tuple[Callback, ...]:
 
 
 def check_schedules(schedules: object, loss: Loss) -> dict[str, Callable[[int], Any]]:
-    """Check that schedules map options of the loss to functions of the epoch. Returns them."""
+    """Check that schedules map options of the loss to functions of the epoch, and return them."""
     rule = "schedules must map options of the loss to functions of the epoch"
     if schedules is None:
         return {}
@@ -263,10 +263,10 @@ def check_schedules(schedules: object, loss: Loss) -> dict[str, Callable[[int], 
 
 
 def _accepts(function: Callable[..., Any], *args: object, **kwargs: object) -> bool:
-    """Whether a function can be called with these arguments; True where its signature is unknown."""
+    """Return whether a function can be called with these arguments; True where its signature is unknown."""
     try:
         signature = inspect.signature(function.forward if isinstance(function, nn.Module) else function)
-    except (TypeError, ValueError):  # some functions of compiled modules
+    except (TypeError, ValueError):  # some functions of compiled modules have no signature
         return True
     try:
         signature.bind(*args, **kwargs)
@@ -276,7 +276,7 @@ def _accepts(function: Callable[..., Any], *args: object, **kwargs: object) -> b
 
 
 def has_lone_last_row(data: PreparedData, batch_size: int) -> bool:
-    """Whether the last batch has a single row; False for an iterable, whose batches are not known."""
+    """Return whether the last batch has a single row; False for an iterable, whose batches are not known."""
     count = row_count(data)
     return count is not None and (count - 1) % batch_size == 0
 
@@ -284,8 +284,8 @@ def has_lone_last_row(data: PreparedData, batch_size: int) -> bool:
 def check_lone_row(student: nn.Module, inputs: Any, count: int | None, batch_size: int) -> None:
     """Check that a student with batch norm can train on a batch of one row.
 
-    Batch norm needs more than one value per channel. torch raises only in the last step of an epoch; this check comes
-    before the first.
+    Batch norm needs more than one value per channel. torch raises its error only in the last step of an epoch;
+    this check is made before the first step.
     """
     if not any(isinstance(m, _BATCH_NORMS) for m in student.modules()):
         return
@@ -294,21 +294,21 @@ def check_lone_row(student: nn.Module, inputs: Any, count: int | None, batch_siz
             deepcopy(student).train()(inputs)
     except ValueError as error:
         raise ValueError(
-            f"batch_size must not leave a last batch of one row to a student with batch norm; {count} rows in "
+            f"batch_size must not leave a last batch of one row to a student with batch norm, as {count} rows in "
             f"batches of {batch_size} do: {error}"
         ) from error
 
 
 @torch.no_grad()
 def check_weights(student: nn.Module, loss: Loss, epoch: int, step: int) -> None:
-    """Check that the weights are finite: a checkpoint of others would replace the last one of finite weights."""
-    doubtful = (p for p in student.parameters() if not math.isfinite(p.sum()))  # one pass; a sum may overflow
+    """Check that the weights are finite, so that no checkpoint of other weights replaces the last good one."""
+    doubtful = (p for p in student.parameters() if not math.isfinite(p.sum()))  # a cheap first test; a sum may overflow
     if not all(p.isfinite().all() for p in doubtful):
         raise not_finite("the student's weights", loss, epoch, step)
 
 
 def not_finite(what: str, loss: Loss, epoch: int, step: int) -> ValueError:
-    """The error for a training that has diverged."""
+    """Return the error for a training run that has diverged."""
     return ValueError(
         f"{what} must stay finite, but became nan or infinite in epoch {epoch}, step {step}, under {loss}. Likely "
         "causes: a learning rate that is too large (lower it, or set clip_norm); NaN in inputs or targets; a teacher "
@@ -317,6 +317,6 @@ def not_finite(what: str, loss: Loss, epoch: int, step: int) -> ValueError:
 
 
 def no_batch(name: str, epoch: int) -> str:
-    """The message for an iterable that gave no batch."""
+    """Return the message for an iterable that gave no batch."""
     hint = "; an iterator runs out after one epoch: pass a DataLoader or a list" if epoch > 1 else ""
     return f"{name} must give at least one batch, got none in epoch {epoch}{hint}"

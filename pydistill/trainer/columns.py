@@ -25,7 +25,7 @@ class Columns(NamedTuple):
 
 
 def split_columns(columns: object, *, with_teacher: bool, float_labels: bool = False) -> Columns:
-    """Decide from number, dtypes and shapes which column is which.
+    """Determine which column is which from the number of columns, their dtypes and their shapes.
 
     Args:
         columns: a tuple or list of one to four columns.
@@ -65,7 +65,7 @@ def split_columns(columns: object, *, with_teacher: bool, float_labels: bool = F
 def _bad_form(columns: tuple[Any, ...] | list[Any], with_teacher: bool) -> ValueError:
     if with_teacher:
         forms = (
-            "(inputs, labels) or (inputs,) under teacher=, which makes the targets, or (inputs, labels, sample_weight)"
+            "(inputs, labels) or (inputs,) with teacher=, which makes the targets, or (inputs, labels, sample_weight)"
         )
     else:
         forms = (
@@ -78,7 +78,7 @@ def _bad_form(columns: tuple[Any, ...] | list[Any], with_teacher: bool) -> Value
 
 
 def check_weight(weight: object) -> None:
-    """Check the sample weights of all rows before training: the loss would name a row of a shuffled batch."""
+    """Check all sample weights before training: an error of the loss could name only a row of a shuffled batch."""
     if isinstance(weight, Tensor) and weight.is_floating_point():
         bad = ~((weight >= 0) & weight.isfinite())
         if bad.any():
@@ -93,7 +93,7 @@ def _is_labels(column: object) -> bool:
 
 
 def _is_vector(column: object) -> bool:
-    """Whether a column has one number per row: logits have one per class."""
+    """Return whether a column has one number per row: logits have one per class."""
     return isinstance(column, Tensor) and column.dim() == 1
 
 
@@ -102,7 +102,7 @@ def _is_weight(column: object, labels: object) -> bool:
 
 
 def _no_labels(column: Tensor) -> TypeError:
-    """The error for floating-point numbers where labels are expected."""
+    """Return the error for floating-point numbers where labels are expected."""
     if column.dim() == 1:
         hint = "if they are whole numbers, pass labels.long()"
     else:

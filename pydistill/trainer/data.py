@@ -42,7 +42,7 @@ def prepare(name: str, data: Any, dtype: torch.dtype) -> PreparedData:
     Args:
         name: the argument's name, for messages.
         data: in one of the forms that the Trainer takes.
-        dtype: that of the student; float64 inputs in memory are converted to it.
+        dtype: the student's dtype; float64 inputs in memory are converted to it.
     """
     if isinstance(data, TensorDataset):
         data = tuple(data.tensors)
@@ -68,7 +68,7 @@ def prepare(name: str, data: Any, dtype: torch.dtype) -> PreparedData:
 
 
 def row_count(data: PreparedData) -> int | None:
-    """The number of rows; None for an iterable, which brings its own batches."""
+    """Return the number of rows; None for an iterable, which brings its own batches."""
     return _length(data) if is_columns(data) or is_map(data) else None
 
 
@@ -93,11 +93,11 @@ def iterate_batches(data: PreparedData, batch_size: int, *, shuffle: bool) -> It
 
 
 def input_batches(inputs: Any, batch_size: int, dtype: torch.dtype) -> Iterable[Any]:
-    """The student's inputs in batches, for predict: of data with several columns, the first."""
+    """Return the inputs for predict in batches; if rows or batches have several columns, their first column."""
     if is_columns(inputs) and len(inputs) != 1:
         raise TypeError(
-            f"inputs must be one tensor, a Dataset or an iterable of batches; got the tuple {describe(inputs)}: of "
-            "data for fit or evaluate, pass the first column"
+            f"inputs must be one tensor, a Dataset or an iterable of batches; got the tuple {describe(inputs)}: "
+            "pass only the first column of the data for fit or evaluate"
         )
     is_column = isinstance(inputs, Tensor | np.ndarray) or hasattr(inputs, "to_numpy")
     if isinstance(inputs, Tensor) and inputs.dim() and len(inputs) == 0:
@@ -112,7 +112,7 @@ def input_batches(inputs: Any, batch_size: int, dtype: torch.dtype) -> Iterable[
 
 
 def batch_count(data: PreparedData, batch_size: int) -> int | None:
-    """The number of batches in an epoch; None for an iterable without a length."""
+    """Return the number of batches in an epoch; None for an iterable without a length."""
     count = row_count(data)
     if count is not None:
         return math.ceil(count / batch_size)
@@ -130,24 +130,24 @@ def _take(data: IndexedData, rows: Rows) -> Any:
 
 
 def _rows_of(column: Tensor | SoftTargets, rows: Rows) -> Tensor | SoftTargets:
-    # index_select takes half the time of column[rows], which is 5 us for a batch of 64: a hundredth of a small step.
+    # For a batch of 64, index_select takes 3 us and column[rows] 5 us; a whole small step takes 350 us.
     if isinstance(column, Tensor) and isinstance(rows, Tensor):
         return column.index_select(0, rows)
     return column[rows]
 
 
 def is_columns(data: object) -> "TypeIs[tuple[Tensor | SoftTargets, ...]]":
-    """Whether data is a tuple of columns in memory, rather than a tuple of batches."""
+    """Return whether data is a tuple of columns in memory, rather than a tuple of batches."""
     return isinstance(data, tuple) and not (data and isinstance(data[0], tuple | list))
 
 
 def is_map(data: object) -> "TypeIs[SizedDataset]":
-    """Whether data is a Dataset whose rows can be chosen."""
+    """Return whether data is a Dataset whose rows can be chosen."""
     return isinstance(data, Dataset) and not isinstance(data, IterableDataset) and hasattr(data, "__len__")
 
 
 def _as_tensor(column: Any) -> Any:
-    """A numeric array as a tensor; anything else as it is, for the check that follows."""
+    """Convert a numeric array to a tensor; anything else is returned unchanged, and checked later."""
     is_numeric = isinstance(column, np.ndarray) and column.dtype.kind in "fiub"
     return torch.from_numpy(np.ascontiguousarray(column)) if is_numeric else column
 
@@ -167,13 +167,13 @@ def _check_columns(name: str, columns: tuple[Any, ...]) -> None:
 
 
 def _hint(value: object) -> str:
-    """How to convert a column, or data, that is not of an accepted form."""
+    """Return a hint on how to convert a value that is not accepted as data or as a column."""
     if hasattr(value, "to_numpy"):
         return ": pass its .to_numpy()"
     if isinstance(value, TeacherStore):
         return ": pass it to the Trainer, as teacher=store"
     if isinstance(value, np.ndarray) and value.dtype.kind in "OUS":
-        return f" of dtype {value.dtype}: sklearn.preprocessing.LabelEncoder makes whole numbers of labels"
+        return f" of dtype {value.dtype}: sklearn.preprocessing.LabelEncoder converts labels to whole numbers"
     if isinstance(value, list):
         return ": pass it as a tensor or an array"
     return ""
@@ -181,7 +181,7 @@ def _hint(value: object) -> str:
 
 def _check_finite(name: str, inputs: Tensor) -> None:
     rows = inputs.reshape(len(inputs), -1)
-    if not torch.isfinite(rows.sum()):  # one pass; a sum of finite numbers may overflow, so the rows are checked then
+    if not torch.isfinite(rows.sum()):  # a cheap first test: the sum may also overflow
         bad = ~rows.isfinite().all(-1)
         if bad.any():
             row = int(bad.nonzero()[0])

@@ -12,14 +12,14 @@ if TYPE_CHECKING:
 class Scores(NamedTuple):
     """Means over one pass through some data, equal to those of a single batch of all rows.
 
-    Each term is the sum over the rows that count for it, divided by the sum of their weights; ``num_items`` of the
-    loss changes the steps, not the scores. A score is nan if there is nothing to average: a term that is not evaluated,
-    or no row that counts.
+    Each term is the sum over the rows that count for it, divided by the sum of their weights. The loss's option
+    ``num_items`` changes the training steps, but not the scores. A score is nan if there is nothing to average: if the
+    term is not evaluated, or no row counts.
 
     Attributes:
-        loss: the loss in nats, alpha * soft_loss + (1 - alpha) * hard_loss. If a loss adds something to that, the
-            additional part is averaged over the batches, and so is the whole loss if it has no attribute ``alpha``:
-            the weight of a batch is its denominator of the soft term (of the hard one if only that is evaluated).
+        loss: the loss in nats, alpha * soft_loss + (1 - alpha) * hard_loss. Any further part of a loss is averaged over
+            the batches, and so is the whole value of a loss that has no attribute ``alpha``. In this average the weight
+            of a batch is its denominator of the soft term, or of the hard term if only the hard term is evaluated.
         soft_loss: the soft term in nats, T^2 included.
         hard_loss: the hard term in nats.
         accuracy: share of the labelled rows in which the student's argmax is the label. Accuracy and agreement are
@@ -98,7 +98,7 @@ class History(list[EpochRecord]):
             axes.set(xticks=[], yticks=[])
             return
         epochs = [record.epoch for record in self]
-        marker = "o" if len(self) <= _MOST_MARKED else None  # without one, a single epoch could not be seen
+        marker = "o" if len(self) <= _MOST_MARKED else None  # without a marker, a single epoch would be invisible
         for (label, values), style in zip(curves.items(), ("C0-", "C1--"), strict=True):
             if not all(map(math.isnan, values)):
                 axes.plot(epochs, values, style, marker=marker, markersize=3, label=label)

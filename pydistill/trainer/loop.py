@@ -73,7 +73,7 @@ _SMALL_STEP = 10_000_000
 class Trainer:
     """Train a student with a distillation loss: a small loop over inputs, teacher outputs and labels.
 
-    **Data**, wherever an argument is called ``train``, ``val`` or ``data``, is one of
+    **Data** (the arguments ``train``, ``val`` and ``data``) can be any of these:
 
     - a tuple of columns in memory, tensors or numpy arrays: ``(inputs, targets, labels)``, ``(inputs, targets,
       labels, sample_weight)`` or ``(inputs, targets)``, where ``targets`` are the teacher's logits or
@@ -98,8 +98,8 @@ class Trainer:
     **Checkpoints** hold student, optimizer, scheduler, callbacks, alpha and temperature of the loss, history and
     torch's random state. A run that was killed at any moment and is started again with ``resume=True`` ends with
     exactly the same weights, provided that student and data take their random numbers from torch's generator on the
-    CPU, and that machine and number of threads are the same. A damaged file causes a warning, and the one before it
-    is used. No checkpoint is written of weights that are not finite.
+    CPU, and that machine and number of threads are the same. If a checkpoint is damaged, a warning is given and the
+    checkpoint before it is used. Weights that are not finite are never written to a checkpoint.
 
     Args:
         student: a module that maps inputs to logits ``(..., C)``.
@@ -109,8 +109,8 @@ class Trainer:
             ``unlabeled``, if it has them, determine which rows count. A subclass of DistillationLoss also gets
             ``num_items``. Default: ``DistillationLoss()``.
         teacher: a module that maps inputs to logits ``(..., C)``; it runs in eval mode and without gradients. Or
-            :class:`SoftTargets` or a ``TeacherStore`` with a row per row of ``train``, which must then be in memory
-            or a Dataset.
+            its outputs, with one row per row of ``train``: :class:`SoftTargets`, a ``TeacherStore`` or a tensor of
+            logits; ``train`` must then be in memory or a Dataset.
         optimizer: a torch optimizer of the student's parameters. Default: ``Adam(fused=True, lr=1e-3)``. It
             keeps its state between calls of ``fit``.
         scheduler: a torch learning-rate scheduler of this optimizer; stepped once after each epoch
@@ -130,8 +130,8 @@ class Trainer:
         seed: an integer in [0, 2**64). Every ``fit`` then uses the same random numbers, for shuffling, dropout and
             DataLoaders, and torch's global random state is restored afterwards. The student's initial weights do not
             depend on it. None: torch's global random state is used.
-        progress: show a progress bar, if tqdm is installed: epochs done, time left, and of the latest epoch the
-            training loss and the accuracy and agreement (on the validation data, if there are any).
+        progress: show a progress bar, if tqdm is installed. It shows the epochs done, the time left, and the training
+            loss, accuracy and agreement of the latest epoch (the last two on the validation data, if there are any).
         checkpoint_dir: a folder for checkpoints, created if needed; the two newest are kept.
         checkpoint_every: number of optimizer steps between checkpoints, besides the one after each epoch; None: no
             others.
@@ -141,8 +141,9 @@ class Trainer:
             history, unless it asks for more epochs. To pause a run, interrupt it.
 
     Raises:
-        TypeError: student or teacher is not a module, optimizer not an optimizer, scheduler not a scheduler; a loss or
-            a callback that does not take the arguments it is called with; a number or switch of another type.
+        TypeError: student is not a module, teacher is neither a module nor outputs, optimizer is not an optimizer, or
+            scheduler is not a scheduler; the loss or a callback does not take the arguments with which it is called; a
+            number or switch has another type.
         ValueError: a loss whose reduction is not "mean"; a student without parameters; an optimizer of another model; a
             scheduler without its optimizer; a number out of range.
 
@@ -221,15 +222,15 @@ class Trainer:
     def fit(
         self, train: Data, val: Data | None = None, *, epochs: int, batch_size: int = 64, resume: bool = False
     ) -> History:
-        """Train for some epochs; the student's train and eval modes are restored afterwards.
+        """Train the student. The train or eval mode of each of its submodules is restored afterwards.
 
         Args:
             train: data, in one of the forms above. Rows in memory or of a Dataset are shuffled for each epoch; an
                 iterable is used in its own order. The last batch may be smaller.
             val: data to evaluate after each epoch, or None. If they have no targets, and the teacher is not a module
                 that makes them, a DistillationLoss evaluates them on their labels (alpha = 0). Their first batch is
-                evaluated before the training too, so that unsuitable data raise before the first epoch and not after
-                it; an iterator is left alone, because it would lose that batch.
+                also evaluated before the training, so that unsuitable data raise an error at once. This is not done
+                for an iterable without a length, because an iterator would lose that batch.
             epochs: number of epochs, at least 1; with ``resume`` those before the interruption count.
             batch_size: rows per batch; an iterable brings its own batches.
             resume: continue from the newest intact checkpoint in ``checkpoint_dir``, if there is one.
@@ -240,10 +241,11 @@ class Trainer:
         Raises:
             TypeError, ValueError: data of another form, columns of different lengths, no rows, inputs that are not
                 finite, epochs or batch_size below 1; a student all of whose parameters are frozen; a scheduler made
-                for another number of steps; a resume from checkpoints of another model, data or batch_size, or from
-                damaged ones alone; a new run into a folder with checkpoints; a last batch of one row for a student
-                with BatchNorm; a loss or weights that are no longer finite (raised before such a step is taken, or
-                such a checkpoint written). Errors of student, teacher and loss begin with the name of the data.
+                for another number of steps; a resume from checkpoints of another model, data or batch_size, or if
+                all checkpoints are damaged; a new run into a folder with checkpoints; a last batch of one row for a
+                student with BatchNorm; a loss or weights that are no longer finite (raised before such a step is
+                taken, or such a checkpoint is written). Errors of student, teacher and loss begin with the name of the
+                data.
             OSError: a checkpoint could not be written; earlier ones are intact.
         """
         epochs, batch_size = check_count("epochs", epochs), check_count("batch_size", batch_size)
@@ -251,7 +253,7 @@ class Trainer:
         check_trainable(self.student, self.optimizer)
         train_data = self._prepared("train", train, with_teacher=self.teacher is not None)
         val_data = None if val is None else self._prepared("val", val)
-        self._check_before(train_data, val_data, batch_size)
+        self._check_before_training(train_data, val_data, batch_size)
         rows = row_count(train_data)
         setup = {"rows": rows, "batch_size": batch_size, "accumulate": self.accumulate, "seed": self.seed}
         self.stop = False
@@ -313,8 +315,8 @@ class Trainer:
         The student's mode is restored afterwards.
 
         Args:
-            inputs: a tensor or array with a row per item, a Dataset, or an iterable of batches; of rows and batches
-                with several columns the first is used.
+            inputs: a tensor or array with a row per item, a Dataset, or an iterable of batches; if its rows or
+                batches have several columns, the first one is used.
             batch_size: rows per batch; an iterable brings its own batches.
 
         Raises:
@@ -341,15 +343,15 @@ class Trainer:
             )
         return logits
 
-    def _check_before(self, train: PreparedData, val: PreparedData | None, batch_size: int) -> None:
-        """Find what would fail later in the first epoch: it costs no training then."""
+    def _check_before_training(self, train: PreparedData, val: PreparedData | None, batch_size: int) -> None:
+        """Raise the errors that would otherwise be raised only at the end of the first epoch."""
         check_teacher_rows(self.teacher, train)
         if has_lone_last_row(train, batch_size):
             rows, columns = next(iterate_batches(train, 1, shuffle=False))
             check_lone_row(self.student, self._columns(columns, rows).inputs, row_count(train), batch_size)
         if val is not None and batch_count(val, batch_size) is not None:
             with torch.random.fork_rng(devices=[]):
-                self._evaluate("val", val, batch_size, epoch=0, most=1)
+                self._evaluate("val", val, batch_size, epoch=0, max_batches=1)
 
     def _train_epoch(self, train: PreparedData, batch_size: int, run: Run, bar: ProgressBar) -> None:
         if run.epoch_random is None:
@@ -389,13 +391,13 @@ class Trainer:
             for parameter in parameters["params"]:
                 parameter.grad = None
         total = 0.0
-        for columns, of_batch in zip(group, items, strict=True):
+        for columns, own_items in zip(group, items, strict=True):
             with about("train"):
                 loss, metrics = self._forward(columns, shared, self.autocast)
             adds_up = parts == 1 or isinstance(self.loss, DistillationLoss)
             torch.autograd.backward(loss if adds_up else loss / parts)
             total += float(loss.detach())
-            run.totals.add_batch(self.loss, loss.detach(), metrics, columns, of_batch)
+            run.totals.add_batch(self.loss, loss.detach(), metrics, columns, own_items)
         if not math.isfinite(total):
             raise not_finite("the loss", self.loss, run.epoch, run.steps + 1)
         if self.clip_norm is not None:
@@ -405,7 +407,7 @@ class Trainer:
     def _forward(
         self, columns: Columns, options: Mapping[str, Any], autocast: torch.dtype | None = None
     ) -> tuple[Tensor, LossMetrics]:
-        """``(loss, metrics)`` of a batch; ``options`` are those of the loss for this call alone."""
+        """Compute ``(loss, metrics)`` of a batch; ``options`` replace options of the loss in this call only."""
         if columns.weight is not None:
             options = {**options, "sample_weight": columns.weight}
         if autocast is None:
@@ -417,7 +419,7 @@ class Trainer:
         return check_result(self.loss, result)
 
     def _call(self, module: nn.Module, inputs: Any) -> Any:
-        """The module's outputs; the form of the inputs is added to its errors."""
+        """Call a module; if it raises an error, add the form of the inputs to the message."""
         try:
             return module(inputs)
         except (TypeError, ValueError, IndexError, RuntimeError) as error:
@@ -436,9 +438,9 @@ class Trainer:
         return totals.scores()
 
     def _validate(self, val: PreparedData, batch_size: int, run: Run) -> Scores:
-        """The scores after an epoch. If they fail, a checkpoint of the epoch is written before the error is raised."""
+        """Compute the scores after an epoch. If this fails, a checkpoint of the epoch is written before the error."""
         try:
-            with torch.random.fork_rng(devices=[]):  # the random state that is saved is that at the end of the training
+            with torch.random.fork_rng(devices=[]):  # a checkpoint must save the state at the end of the training
                 return self._evaluate("val", val, batch_size, run.epoch)
         except BaseException:
             run.save()
@@ -446,12 +448,12 @@ class Trainer:
 
     @torch.no_grad()
     def _evaluate(
-        self, name: str, data: PreparedData, batch_size: int, epoch: int = 1, most: int | None = None
+        self, name: str, data: PreparedData, batch_size: int, epoch: int = 1, max_batches: int | None = None
     ) -> Scores:
-        """The scores of at most ``most`` batches, or all of them; ``epoch`` is 0 for a trial before the training."""
+        """Compute the scores of the first ``max_batches`` batches, or all; ``epoch`` is 0 before the training."""
         totals = Totals()
         with mode(self.student, training=False), about(name):
-            for _, batch in islice(iterate_batches(data, batch_size, shuffle=False), most):
+            for _, batch in islice(iterate_batches(data, batch_size, shuffle=False), max_batches):
                 columns = self._columns(batch)
                 options: dict[str, Any] = {}
                 if isinstance(self.loss, DistillationLoss):
@@ -465,7 +467,7 @@ class Trainer:
         return self._scores(totals, name, epoch)
 
     def _prepared(self, name: str, data: Data, *, with_teacher: bool | None = None) -> PreparedData:
-        """Data in the form from which batches are made, checked as far as they are in memory."""
+        """Convert data to the form from which batches are made; data in memory are also checked."""
         prepared = prepare(name, data, float_dtype(self.student, torch.float32))
         if is_columns(prepared):
             with_teacher = self._makes_targets if with_teacher is None else with_teacher
@@ -483,10 +485,10 @@ class Trainer:
         return isinstance(self.teacher, nn.Module)
 
     def _columns(self, batch: object, rows: Rows | None = None) -> Columns:
-        """The columns of one batch, with the teacher's targets. ``rows``: which rows of train they are."""
+        """Return the columns of one batch, with the teacher's targets; ``rows`` are its row numbers in train."""
         teacher = self.teacher
-        of_rows = isinstance(teacher, TEACHER_ROWS) and rows is not None
-        columns = self._split(batch, of_rows or self._makes_targets)
+        has_stored_targets = isinstance(teacher, TEACHER_ROWS) and rows is not None
+        columns = self._split(batch, has_stored_targets or self._makes_targets)
         if columns.weight is None and isinstance(self.loss, DistillationLoss):
             columns = columns._replace(weight=self.loss.sample_weight)
         if isinstance(teacher, TEACHER_ROWS) and rows is not None:
@@ -511,7 +513,7 @@ class Trainer:
 
 
 def _groups(items: Iterable[_Item], size: int) -> Iterator[list[_Item]]:
-    """Lists of ``size`` items; the last may be shorter."""
+    """Yield lists of ``size`` items; the last may be shorter."""
     iterator = iter(items)
     while group := list(islice(iterator, size)):
         yield group

@@ -7,18 +7,18 @@ from typing import Any
 
 from pydistill.trainer.history import EpochRecord
 
-# A terminal of 80 columns holds the whole line, up to 999 epochs and 99 hours left.
+# The line fits into a terminal of 80 columns, for up to 999 epochs and 99 hours left.
 _FORMAT = "{desc} |{bar}| {remaining} left{postfix}"
 
 
 class ProgressBar:
-    """A line with the epochs done, the time left, and the scores of the latest epoch; ``bar`` None shows nothing."""
+    """A line with the epochs done, the time left and the latest scores. If ``bar`` is None, nothing is shown."""
 
     def __init__(self, bar: Any, epochs: int) -> None:
         self._bar, self._epochs = bar, epochs
 
     def start(self, epochs: int, batches: int) -> None:
-        """Set how much was done before: after a resume, the time left is estimated from later batches alone."""
+        """Set how many epochs and batches were done before a resume; they do not count for the estimated time left."""
         if self._bar is not None:
             self._bar.initial = self._bar.n = batches
             self._bar.set_description_str(f"epoch {epochs}/{self._epochs}")
@@ -31,7 +31,7 @@ class ProgressBar:
     def show(self, record: EpochRecord, batches: int) -> None:
         """Show the scores of an epoch: the training loss; accuracy and agreement of the validation data, if any.
 
-        ``batches`` is the number of batches in the epoch, which is not known before for an iterable without a length.
+        ``batches`` is the number of batches in the epoch; for an iterable without a length it is known only now.
         """
         if self._bar is None:
             return
@@ -48,7 +48,7 @@ class ProgressBar:
 
 @contextmanager
 def progress_bar(wanted: bool, epochs: int, batches: int | None) -> Iterator[ProgressBar]:
-    """A bar over the batches of all epochs, if it is wanted and tqdm is installed; ``batches`` None: not known."""
+    """Make a bar over all batches, if it is wanted and tqdm is installed; ``batches`` is None if unknown."""
     if not wanted or importlib.util.find_spec("tqdm") is None:
         yield ProgressBar(None, epochs)
         return

@@ -1,4 +1,4 @@
-"""State of one call of fit: how far it is, and how it is saved and resumed."""
+"""State of one call of fit: its progress, how it is saved, and how it is resumed."""
 
 from dataclasses import asdict, dataclass, field
 from os import PathLike
@@ -16,7 +16,7 @@ from pydistill.trainer.totals import Totals
 
 
 class SavedParts(Protocol):
-    """The parts of a Trainer that a checkpoint holds, and what decides when there is one."""
+    """The attributes of a Trainer that Run uses: the parts that a checkpoint holds, their folder, and ``stop``."""
 
     student: nn.Module
     loss: Loss
@@ -36,10 +36,10 @@ class Run:
     epochs: int  # number of epochs asked for
     epoch: int = 1  # the current epoch
     batch: int = 0  # number of batches done in this epoch
-    one_thread: bool | None = None  # decided on the first batch and kept on resume: the result depends on it to the bit
+    one_thread: bool | None = None  # set at the first batch, kept on resume: the last bits depend on it
     steps: int = 0  # number of optimizer steps done in all epochs
-    number: int = 0  # of the latest checkpoint
-    epoch_random: Tensor | None = None  # torch's random state at the start of the epoch, which gives the order
+    number: int = 0  # number of the latest checkpoint
+    epoch_random: Tensor | None = None  # torch's random state at the start of the epoch; it gives the order of rows
     random: Tensor | None = None  # torch's random state at the checkpoint that was resumed from
     totals: Totals = field(default_factory=Totals)
     history: History = field(default_factory=History)
@@ -71,7 +71,7 @@ class Run:
 
 
 def new_or_resumed(trainer: SavedParts, setup: dict[str, int | None], epochs: int, *, resume: bool) -> Run:
-    """A new run, or with ``resume`` that of the newest checkpoint, which is loaded into the Trainer's parts."""
+    """Return a new run or, with ``resume``, load the newest checkpoint into the Trainer's parts and return its run."""
     folder = trainer.checkpoint_dir
     if folder is None:
         if resume:
@@ -80,8 +80,8 @@ def new_or_resumed(trainer: SavedParts, setup: dict[str, int | None], epochs: in
     if not resume:
         if checkpoint.found(folder):
             raise ValueError(
-                f"checkpoint_dir {folder} holds checkpoints of an earlier run: pass resume=True to go on from them, or "
-                "another folder"
+                f"checkpoint_dir {folder} holds checkpoints of an earlier run: pass resume=True to continue from them, "
+                "or another folder"
             )
         return Run(trainer, setup, epochs)
     state = checkpoint.load_run(folder, setup, trainer.student, trainer.scheduler, trainer.callbacks)
@@ -112,10 +112,10 @@ def _load_parts(trainer: SavedParts, state: checkpoint.State) -> None:
     if trainer.scheduler is not None:
         with checkpoint.loading("scheduler"):
             trainer.scheduler.load_state_dict(state["scheduler"])
-    for callback, of_callback in zip(trainer.callbacks, state["callbacks"], strict=True):
-        if of_callback is not None and hasattr(callback, "load_state_dict"):
+    for callback, saved_state in zip(trainer.callbacks, state["callbacks"], strict=True):
+        if saved_state is not None and hasattr(callback, "load_state_dict"):
             with checkpoint.loading(type(callback).__name__):
-                callback.load_state_dict(of_callback)
+                callback.load_state_dict(saved_state)
     for name, value in state["loss"].items():
         if value is not None:
             setattr(trainer.loss, name, value)

@@ -44,12 +44,12 @@ class Totals:
         """Add the results of one batch.
 
         Args:
-            loss_function: the loss, whose options say which rows count.
-            loss: its value.
-            metrics: its metrics.
+            loss_function: the loss; its options determine which rows count.
+            loss: the value of the loss for the batch.
+            metrics: the metrics of the batch.
             columns: the batch.
-            items: the batch's own denominators (soft, hard), where they are known already.
-            alpha: the alpha of this call, if it was not that of the loss.
+            items: the batch's own denominators (soft, hard), if they are already known.
+            alpha: the alpha that was used, if it is not the loss's own.
         """
         divisors = float(metrics.num_items[0]), float(metrics.num_items[1])
         sums_terms = False
@@ -94,7 +94,7 @@ class Totals:
         explained = 0.0
         if alpha is not None:
             explained = (alpha * soft if alpha > 0 else 0.0) + ((1 - alpha) * hard if alpha < 1 else 0.0)
-            if math.isnan(explained) and not math.isnan(loss):  # a loss of another form, without such a term
+            if math.isnan(explained) and not math.isnan(loss):  # a loss of another form, which does not use that term
                 alpha = None
         if alpha is None or alpha > 0:
             self.soft += _times(soft, soft_divisor)
@@ -139,12 +139,12 @@ class Totals:
 
 
 def batch_items(loss_function: Loss, columns: Columns) -> tuple[float, float]:
-    """The denominators (soft, hard) of a batch, by :func:`pydistill.loss_items`."""
+    """Return the denominators (soft, hard) of a batch, by :func:`pydistill.loss_items`."""
     return _items(loss_function, columns, columns.weight, getattr(loss_function, "class_weight", None))
 
 
 def counted_rows(loss_function: Loss, columns: Columns) -> tuple[float, float]:
-    """The numbers of rows that count for the soft and the hard term: as the denominators, with weights of 0 and 1."""
+    """Count the rows that count for the soft and the hard term: the denominators with all weights 0 or 1."""
     weight = None if columns.weight is None else columns.weight != 0
     return _items(loss_function, columns, weight, None)
 
@@ -164,14 +164,14 @@ def _items(
 
 
 def _known_alpha(alpha: object) -> float | None:
-    """Alpha as a number; None if it is no number in [0, 1], as that of another loss may be."""
+    """Return alpha as a number, or None if it is not a number in [0, 1]: another loss may use the name otherwise."""
     if not isinstance(alpha, Real) and not (isinstance(alpha, Tensor) and alpha.dim() == 0):
         return None
     return float(alpha) if 0 <= float(alpha) <= 1 else None
 
 
 def _times(mean: float, count: float) -> float:
-    """A numerator; 0 where no row counts, of which the mean may be nan."""
+    """Return mean * count; 0 if no row counts, because the mean may then be nan."""
     return mean * count if count else 0.0
 
 

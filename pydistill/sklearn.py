@@ -25,6 +25,7 @@ from pydistill.teachers.estimators import (
     fit_weighted,
     frozen_part,
     other_classes,
+    poor_teacher_message,
     usable_weight,
 )
 from pydistill.teachers.folds import counted_folds
@@ -468,9 +469,8 @@ def _check_prefit(teacher: Estimator, targets: SoftTargets, y: NDArray[Any], cla
     constant = np.unique(y, return_counts=True)[1].max() / len(y)
     if accuracy <= constant:
         warnings.warn(
-            f"teacher has an accuracy of {accuracy:.3f}; always predicting the most frequent class has "
-            f"{constant:.3f}. X may differ in form (scale, order of columns) from the rows that the teacher was fitted "
-            "on, or the teacher's outputs may not be in the order of the classes",
+            poor_teacher_message(accuracy, constant)
+            + ", or the teacher's outputs may not be in the order of the classes",
             UserWarning,
             stacklevel=5,
         )

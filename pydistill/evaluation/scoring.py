@@ -24,10 +24,9 @@ from pydistill.evaluation.subject import (
     check_models,
     network_of,
     subject_of,
-    take,
     teacher_behind_steps,
 )
-from pydistill.teachers.estimators import split_steps
+from pydistill.teachers.estimators import poor_teacher_message, split_steps, take_rows
 
 _BINS = 15
 
@@ -142,13 +141,8 @@ def _warn_of_a_poor_teacher(student: Model, scores: ModelScores, labels: Tensor)
     if scores.accuracy > constant or scores.accuracy == 1:
         return
     hint = ". If it was fitted on rows transformed by the student's steps, pass make_pipeline(*student[:-1], teacher)"
-    warnings.warn(
-        f"teacher has an accuracy of {scores.accuracy:.3f}; always predicting the most frequent class has "
-        f"{constant:.3f}. X may differ in form (scale, order of columns) from the rows that the teacher was fitted on"
-        + (hint if split_steps(student)[0] else ""),
-        UserWarning,
-        stacklevel=3,
-    )
+    message = poor_teacher_message(scores.accuracy, constant) + (hint if split_steps(student)[0] else "")
+    warnings.warn(message, UserWarning, stacklevel=3)
 
 
 def _check_classes(student: Model, teacher: Model | None, outputs: dict[str, Tensor]) -> list[Any]:
@@ -226,7 +220,7 @@ def _per_class(predicted: Tensor, labels: Tensor, classes: list[Any]) -> list[Cl
 
 def _median_seconds(subject: Subject, size: int) -> float:
     """Return the median time of a call, over at least 5 calls and at least 0.2 seconds."""
-    batch = take(subject.rows, np.arange(size) % len(subject.rows))
+    batch = take_rows(subject.rows, np.arange(size) % len(subject.rows))
     for _ in range(2):
         subject.call(batch)
     times: list[float] = []

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from pydistill._torch_modules import as_input, float_dtype
 from pydistill._wording import about, describe
-from pydistill.teachers.estimators import is_a, split_steps
+from pydistill.teachers.estimators import is_a, split_steps, take_rows
 
 Model: TypeAlias = Any  # a torch module or a fitted classifier, which needs no base class
 Rows: TypeAlias = Any  # a tensor, an array or a DataFrame
@@ -39,7 +39,7 @@ class Subject(NamedTuple):
         """Compute the outputs of all rows: ``(N, C)``, float64, with columns in the model's own order."""
         parts = []
         for start in range(0, len(self.rows), ROWS_PER_CALL):
-            rows = take(self.rows, slice(start, start + ROWS_PER_CALL))
+            rows = take_rows(self.rows, slice(start, start + ROWS_PER_CALL))
             with about(self.role):
                 part = self.call(rows)
             part = part if isinstance(part, Tensor | list) else torch.from_numpy(np.array(part))
@@ -100,7 +100,7 @@ def teacher_behind_steps(student: Model, teacher: Model, X: Rows) -> Subject | N
 
     rows = _for_classifier(X, student)
     with about("student"):
-        some = transformed(take(rows, slice(ROWS_PER_CALL)))
+        some = transformed(take_rows(rows, slice(ROWS_PER_CALL)))
     subject = subject_of("teacher", teacher, some)
     if not _is_same_model(teacher, own, subject.rows):
         return None
@@ -113,11 +113,6 @@ def network_of(model: Model) -> nn.Module | None:
     model = split_steps(model)[1]
     candidates = model, getattr(model, "student_", None), getattr(model, "module_", None)
     return next((x for x in candidates if isinstance(x, nn.Module)), None)
-
-
-def take(rows: Rows, index: Any) -> Rows:
-    """Select rows by position; ``index`` is a slice or an array of integers."""
-    return rows.iloc[index] if hasattr(rows, "iloc") else rows[index]
 
 
 def _output_method(model: Model) -> str | None:

@@ -140,6 +140,19 @@ def other_classes(name: str, have: ArrayLike, want: ArrayLike) -> ValueError:
     return ValueError(f"{name} must have the classes of y, {few(given)}; it was fitted on {few(fitted)}{hint}")
 
 
+def poor_teacher_message(accuracy: float, constant: float) -> str:
+    """Return the warning for a teacher that is no better than a constant prediction, whose accuracy is ``constant``."""
+    return (
+        f"teacher has an accuracy of {accuracy:.3f}; always predicting the most frequent class has {constant:.3f}. X "
+        "may differ in form (scale, order of columns) from the rows that the teacher was fitted on"
+    )
+
+
+def take_rows(X: EstimatorInput, index: Any) -> EstimatorInput:
+    """Select rows by position; ``index`` is a slice or an array of integers."""
+    return X.iloc[index] if hasattr(X, "iloc") else X[index]
+
+
 def is_a(estimator: Estimator, package: str, name: str) -> bool:
     """Return whether an estimator's class, or a base class of it, has this name and package. Nothing is imported."""
     return any(c.__name__ == name and c.__module__.split(".")[0] == package for c in type(estimator).__mro__)

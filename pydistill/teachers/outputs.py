@@ -22,6 +22,7 @@ from pydistill.teachers.estimators import (
     is_a,
     other_classes,
     split_steps,
+    take_rows,
     usable_weight,
 )
 from pydistill.teachers.folds import Folds, counted_folds, fold_indices
@@ -117,7 +118,7 @@ def soft_targets(
     kept = weight > 0
     rows = np.flatnonzero(kept)
     folds = counted_folds(cv, kept)
-    logits = _targets(estimator, _take(X, rows), labels[rows], folds, in_sample, weight[rows])
+    logits = _targets(estimator, take_rows(X, rows), labels[rows], folds, in_sample, weight[rows])
     uniform = logits.new_zeros(len(labels), logits.shape[1])
     return _as_targets(uniform.index_copy(0, torch.from_numpy(rows), logits))
 
@@ -188,8 +189,10 @@ def _out_of_fold(
 
     logits = torch.empty(len(y), len(classes))
     for train, test in fold_indices(X, y, classes, cv):
-        fitted = fit_weighted(clone(estimator), _take(X, train), y[train], None if weight is None else weight[train])
-        logits[test] = _in_columns(_logits(fitted, _take(X, test)), fitted, classes)
+        fitted = fit_weighted(
+            clone(estimator), take_rows(X, train), y[train], None if weight is None else weight[train]
+        )
+        logits[test] = _in_columns(_logits(fitted, take_rows(X, test)), fitted, classes)
     return logits
 
 
@@ -351,7 +354,3 @@ def _check_weight(sample_weight: ArrayLike | None, X: EstimatorInput) -> NDArray
         return None
     weight: NDArray[Any] = _check_sample_weight(sample_weight, X, ensure_non_negative=True)
     return weight
-
-
-def _take(X: EstimatorInput, rows: NDArray[Any]) -> EstimatorInput:
-    return X.iloc[rows] if hasattr(X, "iloc") else X[rows]

@@ -97,7 +97,7 @@ def input_batches(inputs: Any, batch_size: int, dtype: torch.dtype) -> Iterable[
     if is_columns(inputs) and len(inputs) != 1:
         raise TypeError(
             f"inputs must be one tensor, a Dataset or an iterable of batches; got the tuple {describe(inputs)}: "
-            "pass only the first column of the data for fit or evaluate"
+            "pass the first column of the data for fit or evaluate"
         )
     is_column = isinstance(inputs, Tensor | np.ndarray) or hasattr(inputs, "to_numpy")
     if isinstance(inputs, Tensor) and inputs.dim() and len(inputs) == 0:

@@ -133,7 +133,7 @@ class SoftTargets:
             log_partitions: ``{temperature: tensor (...)}``, the log-sum-exp of *all* the logits / temperature.
             tail: how the classes outside the k are treated. "renormalize": they have probability 0, and the k classes
                 are the teacher's whole distribution. "bucket": they form one more outcome, which holds the remaining
-                probability of teacher and student alike; this needs the log-partition at the temperature of the loss.
+                probability, for teacher and student; this needs the log-partition at the temperature of the loss.
 
         Raises:
             ValueError: if shapes disagree, a class is outside [0, C) or occurs twice in a row, ``tail`` is unknown, or

@@ -133,12 +133,12 @@ class Trainer:
         progress: show a progress bar, if tqdm is installed. It shows the epochs done, the time left, and the training
             loss, accuracy and agreement of the latest epoch (the last two on the validation data, if there are any).
         checkpoint_dir: a folder for checkpoints, created if needed; the two newest are kept.
-        checkpoint_every: number of optimizer steps between checkpoints, besides the one after each epoch; None: no
-            others.
+        checkpoint_every: number of optimizer steps between checkpoints, in addition to the one after each epoch. None:
+            checkpoints are written only after each epoch.
 
     Attributes:
         stop: set it to True to end ``fit`` after the current epoch. The run is then complete: a resume returns its
-            history, unless it asks for more epochs. To pause a run, interrupt it.
+            history, unless ``epochs`` is larger. To pause a run, interrupt it.
 
     Raises:
         TypeError: student is not a module, teacher is neither a module nor outputs, optimizer is not an optimizer, or
@@ -239,7 +239,7 @@ class Trainer:
             History: one record per epoch; a list with a method ``plot()``.
 
         Raises:
-            TypeError, ValueError: data of another form, columns of different lengths, no rows, inputs that are not
+            TypeError, ValueError: data in a wrong form, columns of different lengths, no rows, inputs that are not
                 finite, epochs or batch_size below 1; a student all of whose parameters are frozen; a scheduler made
                 for another number of steps; a resume from checkpoints of another model, data or batch_size, or if
                 all checkpoints are damaged; a new run into a folder with checkpoints; a last batch of one row for a
@@ -320,7 +320,7 @@ class Trainer:
             batch_size: rows per batch; an iterable brings its own batches.
 
         Raises:
-            TypeError: inputs of another form.
+            TypeError: inputs in a form that is not accepted.
             ValueError: an iterable without batches, a student that does not return a row of logits for each row of
                 inputs, or batch_size below 1.
         """

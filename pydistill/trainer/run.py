@@ -29,7 +29,7 @@ class SavedParts(Protocol):
 
 @dataclass
 class Run:
-    """State of one call of fit; a checkpoint holds it besides student, optimizer, scheduler and callbacks."""
+    """State of one call of fit. A checkpoint also holds the states of student, optimizer, scheduler and callbacks."""
 
     trainer: SavedParts
     setup: dict[str, int | None]  # options that must be the same when the run is resumed

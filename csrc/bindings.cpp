@@ -1,9 +1,11 @@
-// The binding of the core: converts Python's arguments, releases the GIL, calls evaluate(). It decides nothing;
-// pydistill/engine/compiled.py checks and allocates. Tensors arrive as addresses, in groups: a tuple each, or
-// None.
+// The Python binding of the core: converts the arguments, releases the GIL and calls evaluate(). The code in
+// pydistill/engine has checked the arguments (checks.py) and allocated the results before. Tensors are passed as
+// addresses. Arguments that belong together form a group, which is a tuple, or None if it is absent.
 #include <pybind11/pybind11.h>
 
+#include <algorithm>
 #include <array>
+#include <string>
 
 #include "evaluate.hpp"
 #include "gradient_memory.hpp"
@@ -14,7 +16,7 @@ using namespace pydistill;
 
 namespace {
 
-// A name as an interned Python string, made once for each place in the code.
+// A name as an interned Python string. Each use of the macro creates its string once.
 #define NAME(name)                                                      \
   [] {                                                                  \
     static PyObject* const interned = PyUnicode_InternFromString(name); \
@@ -26,23 +28,35 @@ T* address(PyObject* number) {
   return static_cast<T*>(PyLong_AsVoidPtr(number));
 }
 
-// The keyword arguments of run(). Every group must be there: a tuple of `size` items, or None for nothing.
+constexpr std::array kArguments{"shape",   "student",     "teacher",  "top_k",       "labels",
+                                "weights", "grad_output", "gradient", "row_outputs", "metrics"};
+
+// The keyword arguments of run(). All of kArguments must be given, absent groups as None.
 struct Arguments {
   const py::kwargs& by_name;
 
   PyObject* at(py::handle name) const {
     PyObject* value = PyDict_GetItemWithError(by_name.ptr(), name.ptr());
-    if (!value) throw py::type_error("run() needs the argument " + name.cast<std::string>());
+    if (!value) throw py::type_error("run() requires the argument " + name.cast<std::string>());
     return value;
   }
 
-  // Calls fill(item) with item(i), the i-th element of the group.
+  // Throws if there are arguments other than kArguments.
+  void check_names() const {
+    for (const auto& [key, value] : by_name) {
+      const auto name = key.cast<std::string>();
+      if (std::find(kArguments.begin(), kArguments.end(), name) == kArguments.end())
+        throw py::type_error("run() has no argument " + name);
+    }
+  }
+
+  // Unless the group is None, calls fill(item); item(i) is the i-th of its `size` elements.
   template <class Fill>
   void group(py::handle name, Py_ssize_t size, const Fill& fill) const {
     PyObject* value = at(name);
     if (value == Py_None) return;
     if (!PyTuple_Check(value) || PyTuple_GET_SIZE(value) != size)
-      throw py::type_error("run(): " + name.cast<std::string>() + " must be None or a tuple of " +
+      throw py::type_error("run(): " + name.cast<std::string>() + " must be None or a tuple of length " +
                            std::to_string(size));
     fill([value](Py_ssize_t i) { return PyTuple_GET_ITEM(value, i); });
   }
@@ -56,7 +70,7 @@ struct Arguments {
   }
 };
 
-// Names of an enum's values, in their order.
+// The names of an enum's values, in the order of the enum.
 template <class Enum>
 constexpr std::array<const char*, 0> kNames{};
 template <>
@@ -79,13 +93,15 @@ py::tuple names_of() {
   return py::tuple(names);
 }
 
+std::string joined(const py::tuple& names) { return py::str(", ").attr("join")(names).cast<std::string>(); }
+
 template <class T>
-T option_value(const py::handle& value) {
+T option_value(const std::string& option, const py::handle& value) {
   if constexpr (std::is_enum_v<T>) {
     const auto name = value.cast<std::string>();
     for (size_t i = 0; i < kNames<T>.size(); ++i)
       if (name == kNames<T>[i]) return T(i);
-    throw py::value_error("the compiled core has no option value named " + name);
+    throw py::value_error("Options(): " + option + " must be one of " + joined(names_of<T>()) + "; got " + name);
   } else {
     return value.cast<T>();
   }
@@ -95,14 +111,14 @@ LossOptions loss_options(const py::kwargs& values) {
   LossOptions options;
   for (const auto& [key, value] : values) {
     const auto name = key.cast<std::string>();
-#define OPTION(type, option, default_value)     \
-  if (name == #option) {                        \
-    options.option = option_value<type>(value); \
-    continue;                                   \
+#define OPTION(type, option, default_value)           \
+  if (name == #option) {                              \
+    options.option = option_value<type>(name, value); \
+    continue;                                         \
   }
 #include "options.def"
 #undef OPTION
-    throw py::type_error("the compiled core has no option named " + name);
+    throw py::type_error("Options() has no option " + name);
   }
   return options;
 }
@@ -116,15 +132,20 @@ py::tuple usable_isas() {
 
 const IsaVariant& isa_named(const std::string& name) {
   for (const IsaVariant& isa : isa_variants())
-    if (isa.usable() && name == isa.name) return isa;
-  throw py::value_error("this CPU cannot run, or the build does not have, the ISA named " + name);
+    if (name == isa.name) {
+      if (isa.usable()) return isa;
+      throw py::value_error("isa(): this CPU does not support the variant " + name +
+                            "; usable variants: " + joined(usable_isas()));
+    }
+  throw py::value_error("isa(): the compiled core was built without a variant " + name +
+                        "; usable variants: " + joined(usable_isas()));
 }
 
 void put(const py::dict& by_name, py::handle name, const py::object& value) {
   if (PyDict_SetItem(by_name.ptr(), name.ptr(), value.ptr()) != 0) throw py::error_already_set();
 }
 
-// The results by name, or {"problem": name, "row": number} if a label or a weight is bad.
+// The results by name, or {"problem": "label" or "weight", "row": number} if a label or a weight is invalid.
 py::dict results(const Evaluation& found, bool want_metrics) {
   py::dict by_name;
   if (found.problem != Problem::none) {
@@ -147,7 +168,7 @@ py::dict results(const Evaluation& found, bool want_metrics) {
   return by_name;
 }
 
-// pydistill/_core.pyi states the arguments.
+// pydistill/_core.pyi documents the arguments.
 py::dict run(const IsaVariant& isa, int threads, const LossOptions& options, const py::kwargs& by_name) {
   const Arguments given{by_name};
   RowBatch batch;
@@ -176,7 +197,7 @@ py::dict run(const IsaVariant& isa, int threads, const LossOptions& options, con
   given.group(NAME("row_outputs"), 3,
               [&](const auto& item) { rows = {address(item(0)), address(item(1)), address(item(2))}; });
   if (PyErr_Occurred()) throw py::error_already_set();
-  if (by_name.size() != 10) throw py::type_error("run() got an argument that it does not have");
+  if (by_name.size() != kArguments.size()) given.check_names();
   Evaluation found;
   {
     py::gil_scoped_release release;

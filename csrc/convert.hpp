@@ -13,7 +13,7 @@ namespace {
 template <class T>
 constexpr DType kComputeDType = sizeof(T) == 8 ? DType::float64 : DType::float32;
 
-// A loop that the compiler vectorises.
+// Converts n elements, each with one(), in a loop that the compiler vectorises.
 template <class To, class From, class Convert>
 inline void convert(const char* from, char* to, int n, Convert one) {
   const From* a = reinterpret_cast<const From*>(from);
@@ -40,10 +40,18 @@ inline void read_block(const char* from, DType dtype, int n, T* to) {
 }
 
 inline void write_block(const float* from, DType dtype, int n, char* to) {
-  if (dtype == DType::bfloat16)
-    return convert<uint16_t, float>(reinterpret_cast<const char*>(from), to, n, float_to_bfloat);
-  const int done = convert_half_vectors(from, to, n);
-  convert<uint16_t, float>(reinterpret_cast<const char*>(from + done), to + 2 * done, n - done, float_to_half);
+  switch (dtype) {
+    case DType::bfloat16:
+      return convert<uint16_t, float>(reinterpret_cast<const char*>(from), to, n, float_to_bfloat);
+    case DType::float16: {
+      const int done = convert_half_vectors(from, to, n);
+      return convert<uint16_t, float>(reinterpret_cast<const char*>(from + done), to + 2 * done, n - done,
+                                      float_to_half);
+    }
+    case DType::float32:
+    case DType::float64:
+      return;  // compute types, which need no conversion: the gradient is written to memory directly
+  }
 }
 
 }  // namespace

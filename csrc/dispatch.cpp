@@ -19,8 +19,8 @@ namespace pydistill {
 namespace {
 
 #if defined(__x86_64__)
-// Whether the CPU has the instructions. Every variant that needs them also checks __builtin_cpu_supports("avx2")
-// or "avx512f", which include that the operating system saves the registers.
+// Whether the CPU has the F16C instructions. Every variant that needs them also checks
+// __builtin_cpu_supports("avx2") or "avx512f", which also test whether the operating system saves the registers.
 bool cpu_has_f16c() {
   unsigned a, b, c = 0, d;
   return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C) != 0;

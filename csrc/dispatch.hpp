@@ -8,8 +8,8 @@
 
 namespace pydistill {
 
-// Computes the rows [begin, end), with scratch memory aligned to 64 bytes. Runs in a parallel region, so that it
-// must neither allocate nor throw.
+// Computes the rows [begin, end). The scratch memory is aligned to 64 bytes. The function runs in a parallel
+// region, so it must not allocate or throw.
 using RunRows = void (*)(const RowBatch&, const RowPlan*, RowOutcome*, int64_t begin, int64_t end, bool past_cache,
                          char* scratch);
 

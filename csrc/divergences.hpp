@@ -1,11 +1,13 @@
 // Pointwise divergences: D(p, q) = sum_j value_j of a teacher p and a student q, and h_j = d value_j / d log q_j.
 //
-// The row kernel turns h into the gradient by the student's logits, (h_j - q_j * sum_k h_k) / T, and applies
-// temperature, weights, labels and reductions. Values are in nats, with all constants. A constant times q_j may be
-// dropped from h_j: it does not change the gradient. Unless a domain is given it is p, q >= 0 and 0 < beta <= 1.
-// Where beta makes a divergence equal to another one, as jsd at 0 and 1, Python chooses the other one.
+// The row kernel computes the gradient by the student's logits from h, as (h_j - q_j * sum_k h_k) / T, and applies
+// temperature, weights, labels and reductions. Values are in nats and include all constants. h_j may drop a term c
+// * q_j, with the same c for all classes j, because this term does not change the gradient. The domain is p, q >=
+// 0 and 0 < beta <= 1 unless another one is stated. If beta makes a divergence equal to another one, as for jsd at
+// 0 and 1, Python passes the other one.
 //
-// times(w, x) is w * x, but 0 where w is 0, the limit of w * log w: so 0 * inf never arises.
+// times(w, x) is w * x, but 0 if w is 0, because that is the limit of w * log w. A product 0 * inf thus does not
+// occur.
 #pragma once
 
 #include <algorithm>
@@ -21,18 +23,19 @@ template <class P>
 struct Point {
   P p, q;
   P log_ratio;  // log q - log p, from the logits: the difference of two logarithms would lose digits
-  P reference;  // D::reference of the row: the factor of q in h at the student's largest class. Subtracted in h,
-                // it keeps h small where q is large, so that h_j and q_j * sum_k h_k do not cancel
-  P beta, one_minus_beta;  // rounded separately: a beta near 1 has few digits of 1 - beta
+  // D::reference of the row, which is about h / q of the student's largest class. h subtracts reference * q, so
+  // that it is small for classes with a large q. Otherwise h_j and q_j * sum_k h_k would cancel.
+  P reference;
+  P beta, one_minus_beta;  // rounded separately: 1 - beta would have few digits if beta is near 1
 };
 
 struct NoReference {
   static double reference(double, double, double) { return 0; }
 };
 
-// p and q relative to their mixture m = of_p * p + of_q * q, where of_p + of_q = 1. Computed from smaller /
-// larger, so that nothing overflows, and as a sum of two numbers >= 0, so that nothing cancels when a weight is
-// tiny. Exactly 0, 0 and p where p = q.
+// p and q relative to their mixture m = of_p * p + of_q * q, with of_p + of_q = 1. m is computed from smaller /
+// larger, so that nothing overflows, and as a sum of two numbers >= 0, so that nothing cancels if a weight is
+// tiny. If p = q, log_p_over_m and log_q_over_m are exactly 0, and overlap is exactly p.
 template <class P>
 struct Mixture {
   P log_p_over_m, log_q_over_m;
@@ -43,7 +46,7 @@ struct Mixture {
     const P larger = max(x.p, x.q), smaller = where_positive(x.log_ratio, x.p, x.q);
     const P ratio = smaller / larger;
     const P of_larger = where_positive(x.log_ratio, of_q, of_p);
-    // m over the larger of p and q; a normal number, which log and 1 / m need.
+    // m divided by the larger of p and q. It must be a normal number for log and 1 / m.
     const P m = max(smallest(x.p), fma(of_larger, one - ratio, ratio));
     const P larger_over_m = -log(m);
     log_p_over_m = larger_over_m - max(zero, x.log_ratio);
@@ -58,16 +61,16 @@ inline double log_q_over_mixture(double log_ratio, double of_p, double of_q) {
   return -std::log(ratio + (log_ratio > 0 ? of_q : of_p) * (1 - ratio)) - std::max(0.0, -log_ratio);
 }
 
-// KL(p, q) = sum p (log p - log q). Domain: p >= 0, q > 0 where p is; +inf elsewhere. The sum of h is -1, so that
-// the row kernel needs no second pass.
+// KL(p, q) = sum p (log p - log q). Domain: p >= 0, and q > 0 if p > 0; otherwise +inf. The sum of h is -1, so
+// that the row kernel needs no second pass.
 struct ForwardKl : NoReference {
   static auto value(const auto& x) { return -times(x.p, x.log_ratio); }
   static auto d_log_q(const auto& x) { return -x.p; }
 };
 
-// KL(q, p) = sum q (log q - log p). Domain: q >= 0, p > 0 where q is; elsewhere +inf, with a gradient of NaN. h
-// drops q * (1 + reference): without a reference it would be large where student and teacher disagree, and cancel
-// against its sum, with 2.8 times the permitted error at T = 0.5.
+// KL(q, p) = sum q (log q - log p). Domain: q >= 0, and p > 0 if q > 0; otherwise +inf, with a gradient of NaN. h
+// drops q * (1 + reference). Without the reference, h would be large if student and teacher disagree, and h_j
+// would cancel with q_j * sum_k h_k: at T = 0.5 the error was 2.8 times the permitted bound.
 struct ReverseKl {
   static double reference(double log_ratio, double, double) { return log_ratio; }
   static auto value(const auto& x) { return times(x.q, x.log_ratio); }
@@ -102,7 +105,7 @@ struct SkewReverseKl {
   }
 };
 
-// 1/2 sum |p - q|. The derivative where p = q is taken as 0.
+// 1/2 sum |p - q|. At p = q the derivative is defined as 0.
 struct TotalVariation : NoReference {
   static auto value(const auto& x) { return constant(0.5, x.q) * abs(x.q - x.p); }
   static auto d_log_q(const auto& x) { return constant(0.5, x.q) * times(x.q - x.p, x.q / abs(x.q - x.p)); }

@@ -11,7 +11,8 @@ namespace pydistill {
 namespace {
 
 constexpr double kNan = std::numeric_limits<double>::quiet_NaN();
-// Larger gradients do not stay in the last-level cache anyway: they are written past it.
+// Larger gradients would not stay in the last-level cache. They are written with streaming stores, which bypass
+// it.
 constexpr int64_t kPastCacheBytes = int64_t(32) << 20;
 
 double number(const void* array, int64_t i, bool is_double) {
@@ -25,8 +26,8 @@ void put(void* array, int64_t i, double x, bool is_double) {
 }
 
 struct Counts {
-  double soft_items = 0, hard_items = 0;     // sums of the weights of rows that count for the term
-  int64_t soft_rows = 0, labelled_rows = 0;  // how many rows have the term, whatever their weight
+  double soft_items = 0, hard_items = 0;     // sums of the weights of the rows that count for the term
+  int64_t soft_rows = 0, labelled_rows = 0;  // numbers of rows that have the term
 };
 
 class AlignedMemory {
@@ -42,7 +43,8 @@ class AlignedMemory {
   char* data_;
 };
 
-// Which rows count, for what and how much. Fills `plans`; nothing of the caller's is written.
+// Decides for each row which terms count, and with which weight. Fills `plans` and writes to no array of the
+// caller.
 Counts plan_rows(const RowBatch& batch, bool is_double, std::vector<RowPlan>& plans, Evaluation& result) {
   const LossOptions& options = batch.options;
   const bool soft = options.evaluates_soft(), hard = options.evaluates_hard();
@@ -69,7 +71,7 @@ Counts plan_rows(const RowBatch& batch, bool is_double, std::vector<RowPlan>& pl
     counts.soft_items += weight;
     if (plan.label >= 0)
       counts.hard_items += weight * (batch.class_weight ? number(batch.class_weight, plan.label, is_double) : 1);
-    if (!soft && !(hard && plan.label >= 0)) continue;  // no term: its gradient is 0, whatever it holds
+    if (!soft && !(hard && plan.label >= 0)) continue;  // no term: the gradient is 0 even if the logits are NaN
     plan.weight = weight;
     counts.soft_rows += soft;
     counts.labelled_rows += options.hard_counts() && plan.label >= 0;
@@ -92,19 +94,19 @@ double element(const Matrix& m, int64_t column) {
   return kNan;
 }
 
-// A single class, whose logit may well be 1, tells nothing.
+// Whether the row may be probabilities. A row of a single class gives no evidence: its logit may be 1 by chance.
 bool sums_to_one(const Matrix& row, int64_t classes) {
   double sum = 0;
   for (int64_t j = 0; j < classes; ++j) {
     const double x = element(row, j);
-    if (!(x >= 0) || (sum += x) > 1.001) return false;  // most rows of logits end here, at once
+    if (!(x >= 0) || (sum += x) > 1.001) return false;  // most rows of logits end here, after a few classes
   }
   return classes > 1 && sum >= 0.999;
 }
 
 double quotient(double sum, double items, int64_t rows) { return rows == 0 ? 0 : sum / items; }
 
-// Rounded as the loss is: a number beyond float32's range is inf there.
+// Rounds to the loss's dtype. A number outside the range of float32 becomes inf there.
 double rounded(double x, bool is_double) { return is_double ? x : double(float(x)); }
 
 }  // namespace
@@ -136,7 +138,7 @@ Evaluation evaluate(const RowBatch& batch, const IsaVariant& isa, int threads, c
   std::vector<RowOutcome> outcomes(batch.rows);
   const int64_t elements = batch.rows * batch.classes;
   const bool past_cache = elements * size_of(batch.gradient.dtype) > kPastCacheBytes;
-  // All memory is taken before the first row is written, and outside of the parallel region.
+  // All memory is allocated here, before the first row is written: the parallel region must not throw.
   const int shares = row_shares(batch.rows, elements, threads);
   const size_t scratch_bytes = isa.scratch_bytes(batch);
   const AlignedMemory scratch(size_t(shares) * scratch_bytes);
@@ -145,12 +147,12 @@ Evaluation evaluate(const RowBatch& batch, const IsaVariant& isa, int threads, c
                  scratch.data() + size_t(share) * scratch_bytes);
   });
 
-  // In the order of the rows, so that the number of threads cannot change a bit.
+  // Added in the order of the rows, so that the result does not depend on the number of threads.
   double soft_sum = 0, hard_sum = 0;
   RowOutcome sums;  // of the metrics
   for (int64_t i = 0; i < batch.rows; ++i) {
     const RowOutcome& row = outcomes[i];
-    const double soft_i = any_soft ? plans[i].weight * row.soft : 0;  // 0 times 0 in a row that does not count
+    const double soft_i = any_soft ? plans[i].weight * row.soft : 0;  // both are 0 if the row does not count
     const double hard_i = any_hard ? plans[i].weight * row.hard : 0;
     soft_sum += soft_i;
     hard_sum += hard_i;

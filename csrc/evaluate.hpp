@@ -1,4 +1,5 @@
-// Evaluation of one batch: check labels and weights, compute the denominators, run the rows on threads, reduce.
+// Evaluation of one batch: checks labels and weights, computes the denominators, runs the rows on threads and adds
+// up their results.
 #pragma once
 
 #include "dispatch.hpp"
@@ -7,13 +8,13 @@ namespace pydistill {
 
 enum class Problem : int { none, bad_label, bad_weight };
 
-// Loss, terms and denominators as the public function defines them. A metric is NaN if no row counts for it.
+// Loss, terms and denominators, as distillation_loss defines them. A metric is NaN if no row counts for it.
 struct Evaluation {
   Problem problem = Problem::none;
   int64_t problem_row = -1;
   double loss = 0, soft = 0, hard = 0;
   double soft_items = 0, hard_items = 0;
-  bool teacher_sums_to_one = false;  // the teacher's first row may be probabilities, passed as logits
+  bool teacher_sums_to_one = false;  // the teacher's logits may be probabilities, judged by the first row
 #define METRIC(name, rows) double name = 0;
 #include "metrics.def"
 #undef METRIC

@@ -1,4 +1,4 @@
-// for_each: the loop over the vectors of a block, with its tail.
+// for_each: the loop over the vectors of a block, including the tail, which does not fill a vector.
 #pragma once
 
 #include <limits>
@@ -9,14 +9,15 @@
 namespace pydistill::PYDISTILL_ISA {
 namespace {
 
-// Elements of a block: few enough to stay in L1. With two accumulators each float lane adds 32 terms; the sums of
-// blocks are added in double.
+// Number of elements of a block, small enough for the L1 cache. With two accumulators, each lane of floats adds 32
+// terms. The sums of the blocks are added in double.
 template <class T>
 constexpr int kBlock = 64 * kVecBytes / int(sizeof(float));
 
-// Calls f(j, k, width) for `width` vectors from element j on: first for kAtOnce vectors at a time, then for single
-// ones. `width` is a std::integral_constant. k is the number of elements in a single vector: fewer than its lanes
-// in the tail, and in the `head` elements that come before an aligned address.
+// Calls f(j, k, width) for all n elements; one call handles `width` vectors that start at element j. `width` is a
+// std::integral_constant: kAtOnce as long as that many vectors are left, then 1. k is the number of elements in
+// each vector. It is less than the number of lanes only in the tail and in the first `head` elements, which come
+// before an aligned address.
 template <class T, int kAtOnce = 2, class F>
 inline void for_each(int n, int head, F f) {
   constexpr int lanes = kLanes<T>;
@@ -29,7 +30,7 @@ inline void for_each(int n, int head, F f) {
   if (j < n) f(j, n - j, single);
 }
 
-// k elements; lanes beyond them are padded with the lowest number, whose exponential is 0.
+// Loads k elements. The lanes after them are padded with the lowest number, whose exponential is 0.
 template <class T>
 inline Vec<T> load(const T* p, int k) {
   return k == kLanes<T> ? load(p) : load_first(p, k, std::numeric_limits<T>::lowest());

@@ -1,4 +1,4 @@
-// The gradient of a row, from what the passes left in scratch memory.
+// The gradient of a row, computed from the scratch arrays that the passes filled.
 #pragma once
 
 #include "row_kernel.hpp"
@@ -6,7 +6,7 @@
 namespace pydistill::PYDISTILL_ISA {
 namespace {
 
-// Replaces h_j by h_j - q_j * h_sum.
+// Replaces h_j by h_j - q_j * h_sum, for the classes j of one block.
 template <class T>
 inline void centre(const Scratch<T>& scratch, int n, T student_factor, T h_sum) {
   for_each<T>(n, 0, [&](int start, int, auto width) {
@@ -18,7 +18,7 @@ inline void centre(const Scratch<T>& scratch, int n, T student_factor, T h_sum) 
   });
 }
 
-// exp(s - max) from e = exp((s - max) / T).
+// exp(s - max) from e = exp((s - max) / T), for T = 1, 2 or 4.
 template <HardExp H, class T>
 inline Vec<T> power(Vec<T> e) {
   if constexpr (H == HardExp::same) return e;
@@ -27,10 +27,11 @@ inline Vec<T> power(Vec<T> e) {
   return square * square;
 }
 
-// Writes the gradient of one block, the sum that BlockFactors states. kDerivative: in.derivative() is part of it.
+// Writes the gradient of one block: the sum that BlockFactors defines, without in.derivative() unless kDerivative
+// is set.
 template <class T, HardExp H, bool kDerivative>
 inline void write_gradient(const Scratch<T>& in, int n, const BlockFactors<T>& by, bool past_cache, T* out) {
-  // Copies: otherwise the compiler would have to expect that the stores change the factors.
+  // Copies: otherwise the compiler would have to assume that the stores change the factors.
   const Vec<T> student_exp = set<T>(by.student_exp), derivative = set<T>(by.derivative);
   const Vec<T> hard_exp = set<T>(by.hard_exp), constant = set<T>(by.constant), smooth = set<T>(-by.smooth);
   const T* class_weight = by.class_weight;
@@ -107,14 +108,16 @@ void RowKernel<T>::write_row(int64_t row, const RowPlan& plan, const RowState& s
   const HardGradient hard = hard_gradient(plan);
   const double unlisted_share = listed_.empty() ? 1 : std::exp(double(state.max.student) - state.full_max);
   factors.hard_exp = hard.present ? hard.scale * hard.total * unlisted_share / state.full_sum : 0;
-  // Centred in scratch memory, before any factor is applied: where q is near 1, h_j and q_j * h_sum cancel, and in
-  // float32 they cancel exactly only there.
+  // h is centred in scratch memory, before any other factor is applied. If q_j is near 1, h_j and q_j * h_sum
+  // cancel. In float32 they do so exactly only as long as each of them has not been multiplied by a rounded
+  // factor.
   const bool centred = soft_term_ == SoftTerm::pointwise;
   auto listed = listed_.begin();
 
   for (int64_t begin = 0, b = 0; begin < batch_.classes; begin += kBlock<T>, ++b) {
     const int n = block_size(begin);
-    // The exponentials refer to the running maximum of their block; these factors take them to the row's.
+    // The exponentials refer to the running maximum of their block. These factors rescale them to the row's
+    // maximum.
     const double student_drop = (double(block_max_[b].student) - double(state.max.student)) * std::numbers::log2e;
     const double teacher_drop = (double(block_max_[b].teacher) - double(state.max.teacher)) * std::numbers::log2e;
     const double fs = student_drop == 0 ? 1 : std::exp2(student_drop / temperature_);
@@ -131,7 +134,7 @@ void RowKernel<T>::write_row(int64_t row, const RowPlan& plan, const RowState& s
     T* out = direct ? reinterpret_cast<T*>(memory) : gradient_buffer_;
     combine(scratch_at(begin), n, by, direct && past_cache_, out);
     if (hard.present && plan.label >= begin && plan.label < begin + n) {
-      // Computed again instead of read back: a streaming store is still on its way to memory.
+      // The value is computed again, because a read would have to wait until a streaming store has reached memory.
       T at_label;
       if (by.class_weight) by.class_weight = class_weight_ + plan.label;
       combine(scratch_at(plan.label), 1, by, false, &at_label);

@@ -1,5 +1,6 @@
-// GradientMemory: memory for a large gradient, reused from step to step. New pages cost as much time as the
-// kernel, so the largest buffer is kept when it is released. The system may reclaim its pages (MADV_FREE).
+// GradientMemory: memory for a large gradient, reused in the next step. To get new pages from the system takes as
+// long as the kernel. Therefore the largest buffer is kept when its owner frees it; the system may reclaim the
+// pages of a kept buffer if it needs them (MADV_FREE).
 #pragma once
 
 #include <atomic>
@@ -22,7 +23,7 @@ class GradientMemory {
     Pages* kept = kept_pages().exchange(nullptr);
     if (kept && kept->bytes < bytes) keep(std::exchange(kept, nullptr));
     pages_ = kept ? kept : map(bytes);
-    if (!pages_) {  // the kept buffer costs no memory, but it counts towards a limit on the address space
+    if (!pages_) {  // the kept buffer counts towards a limit on the address space, so release it and try again
       release();
       pages_ = map(bytes);
     }
@@ -44,13 +45,13 @@ class GradientMemory {
     size_t bytes;
   };
 
-  // A single buffer, exchanged atomically. A forked child could inherit a lock in its locked state.
+  // The kept buffer, or null. It is exchanged atomically: a forked child could inherit a lock in its locked state.
   static std::atomic<Pages*>& kept_pages() {
     static std::atomic<Pages*> pages{nullptr};
     return pages;
   }
 
-  // Keeps the larger of this buffer and the kept one. The size is read first: once the pointer is published,
+  // Keeps the larger of this buffer and the kept one. The size is read first: once the pointer is in kept_pages(),
   // another thread may take and free the buffer.
   static void keep(Pages* pages) {
 #if defined(__linux__)

@@ -1,4 +1,4 @@
-// One row from start to end, and the functions that an ISA variant exports. CMake compiles this file once per ISA.
+// The evaluation of one row, and the functions that an ISA variant exports. CMake compiles this file once per ISA.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -13,7 +13,8 @@
 namespace pydistill::PYDISTILL_ISA {
 namespace {
 
-// The value of torch's cross_entropy with reduction="none" for this row, with class weights and label smoothing.
+// The value of torch's cross_entropy for this row with reduction="none", including class weights and label
+// smoothing.
 template <class T>
 double RowKernel<T>::cross_entropy(int64_t row, const RowPlan& plan, const RowState& state) {
   const double log_sum = std::log(state.full_sum), max = state.full_max;
@@ -53,7 +54,8 @@ int64_t RowKernel<T>::argmax(const Matrix& m, int64_t row, int64_t begin, T max)
   return found == x + n ? batch_.classes : begin + (found - x);
 }
 
-// Ties go to the lowest class. A row with NaN, or of -inf only, has no maximum.
+// Sets accuracy and agreement. If several classes have the maximum, the lowest counts. A row that has a NaN or is
+// all -inf has no maximum.
 template <class T>
 void RowKernel<T>::compare_argmax(int64_t row, const RowPlan& plan, const RowState& state, RowOutcome& outcome) {
   T student_max = state.max.student, teacher_max = state.max.teacher;
@@ -89,12 +91,12 @@ RowOutcome RowKernel<T>::run(int64_t row, const RowPlan& plan) {
     case SoftTerm::forward_kl:
       outcome.soft = units * (sums.cross / (sums.teacher * temperature_) + std::log(sums.student / sums.teacher));
       factors.student_exp = scale / sums.student;
-      factors.derivative = -scale / sums.teacher;  // h is -p, its sum -1
+      factors.derivative = -scale / sums.teacher;  // h is -p, and its sum is -1
       break;
     case SoftTerm::pointwise: {
       const PointSums points = pointwise_pass(row, state);
       outcome.soft = units * points.value;
-      // An infinite h (reverse_kl where p is 0) makes the gradient of the whole row NaN, not some of it inf.
+      // If h is infinite (reverse_kl with p = 0), the gradient of the whole row is NaN, rather than partly inf.
       h_sum = std::isfinite(points.h) ? points.h : std::numeric_limits<double>::quiet_NaN();
       factors.derivative = scale;
       break;

@@ -1,9 +1,10 @@
-// Rows of which some classes are listed: the k classes of a top-k teacher, or dkd's label.
+// Rows with listed classes: the k classes of a top-k teacher, or dkd's label. All other classes are called the
+// rest.
 //
-// The scan over a row leaves the listed classes out, so that its sums, and the maxima that they refer to, are
-// those of the rest, that is of all other classes. Computed by subtraction from the sums of the whole row they
-// would lose their digits where the listed classes hold nearly all of the mass. The listed classes are few: their
-// exponentials are computed in vectors, as in the scan, and everything else in double.
+// The scan leaves the listed classes out, so that its sums and maxima are those of the rest. If the sums of the
+// rest were computed by subtraction from the sums of the whole row, they would lose their digits whenever the
+// listed classes hold nearly all of the mass. There are few listed classes: their exponentials are computed in
+// vectors, as in the scan, and everything else in double.
 #pragma once
 
 #include <utility>
@@ -14,7 +15,8 @@
 namespace pydistill::PYDISTILL_ISA {
 namespace {
 
-// The listed classes of a row, in the order of their indices: Python passes them sorted.
+// Sets the indices of the listed classes of a row, and the logits of a top-k teacher. The indices are ascending,
+// because Python passes them sorted.
 template <class T>
 void RowKernel<T>::list_classes(int64_t row, const RowPlan& plan) {
   const int64_t count = int64_t(listed_.size());
@@ -26,9 +28,9 @@ void RowKernel<T>::list_classes(int64_t row, const RowPlan& plan) {
   }
 }
 
-// A block for the scan, with the mask in place of the listed classes. `to` receives it and may be the block
-// itself. The listed logits are copied to `logit` here, where the block is in cache: a look-up before the scan
-// would wait for memory once per class.
+// Copies a block to `to`, which may be the block itself, and replaces the logits of the listed classes by the
+// mask. The logits are first saved in the member `logit` of their ListedClass. This is done here, because the
+// block is in cache: a look-up before the scan would wait for memory once per class.
 template <class T>
 const T* RowKernel<T>::mask_listed(std::span<ListedClass> listed, const T* x, int64_t begin, int n, T* to,
                                    T ListedClass::* logit) const {
@@ -37,9 +39,9 @@ const T* RowKernel<T>::mask_listed(std::span<ListedClass> listed, const T* x, in
   return to;
 }
 
-// The scan over the rest. A mask of -inf is always right, but if the teacher is scanned too it makes 0 * inf in
-// the cross sum of every block, which is then computed twice. The lowest finite number avoids that, and is right
-// unless it is the maximum of the rest.
+// The scan over the rest. A mask of -inf is always correct. But if the teacher is scanned too, it causes a product
+// 0 * inf in the cross sum of each block with a listed class, and the sum is then computed twice. The lowest
+// finite number avoids that. It is correct unless no logit of the rest is greater: the row is then scanned again.
 template <class T>
 typename RowKernel<T>::RowState RowKernel<T>::scan_unlisted(int64_t row, const RowPlan& plan) {
   constexpr T lowest = std::numeric_limits<T>::lowest();
@@ -53,7 +55,7 @@ typename RowKernel<T>::RowState RowKernel<T>::scan_unlisted(int64_t row, const R
   return state;
 }
 
-// Replaces `count` numbers x <= 0 by exp(x / T), in whole vectors.
+// Replaces `count` numbers x <= 0 by exp(x / T). The memory is padded to whole vectors.
 template <class T>
 inline void exponentials_in_place(T* x, int count, const ExpBase<T>& base) {
   for (int j = count; j % kLanes<T> != 0; ++j) x[j] = std::numeric_limits<T>::lowest();
@@ -65,7 +67,7 @@ inline void exponentials_in_place(T* x, int count, const ExpBase<T>& base) {
   }
 }
 
-// Adds the listed classes to the student's maximum and sum at T = 1, which the cross-entropy needs over all
+// Adds the listed classes to the student's maximum and its sum at T = 1: the cross-entropy needs those over all
 // classes.
 template <class T>
 void RowKernel<T>::add_listed(RowState& state) {
@@ -82,7 +84,7 @@ void RowKernel<T>::add_listed(RowState& state) {
   }
 }
 
-// Value and sum of h over the first `count` elements of p_, q_ and log_ratio_. Their h is written to h_.
+// Value and sum of h over the first `count` elements of p_, q_ and log_ratio_. Writes their h to h_.
 template <class T>
 template <class D>
 PointSums RowKernel<T>::pointwise_listed(int count) {
@@ -101,8 +103,8 @@ PointSums RowKernel<T>::pointwise_listed(int count) {
   return {value, h_sum};
 }
 
-// Fills p_, q_ and log_ratio_ with the listed classes and, as one more class behind them, the rest. Returns log q
-// of the rest, or nothing if student or teacher has no softmax.
+// Fills p_, q_ and log_ratio_ with the listed classes and, as one more class after them, the rest. Returns log q
+// of the rest, or nullopt if the softmax of student or teacher is undefined.
 template <class T>
 std::optional<double> RowKernel<T>::topk_probabilities(int64_t row, RowState& state) {
   const int count = int(listed_.size());
@@ -118,7 +120,8 @@ std::optional<double> RowKernel<T>::topk_probabilities(int64_t row, RowState& st
   exponentials_in_place(p_, count, soft_base_);
   for (int k = 0; k < count; ++k) {
     student_sum += double(q_[k]);
-    // With log-partitions in double: the mass of the rest is 1 minus this sum's share, and float would lose it.
+    // If there are log-partitions, the sum is computed in double: the mass of the rest is 1 minus the share of
+    // this sum, and float would lose its digits.
     teacher_sum += batch_.log_partitions
                        ? std::exp((double(listed_[size_t(k)].teacher) - teacher_max) / temperature_)
                        : double(p_[k]);
@@ -126,13 +129,15 @@ std::optional<double> RowKernel<T>::topk_probabilities(int64_t row, RowState& st
   const double log_student_sum = std::log(student_sum), log_teacher_sum = std::log(teacher_sum);
   state.student_valid = student_sum > 0, state.teacher_valid = teacher_sum > 0;
   if (!state.student_valid || !state.teacher_valid) return std::nullopt;
-  double log_partition = log_teacher_sum, rest_mass = 0;  // of the teacher's logits less their maximum
+  double log_partition = log_teacher_sum;  // log-sum-exp of (t - teacher_max) / T over all classes
+  double rest_mass = 0;
   if (batch_.log_partitions) {
     log_partition = batch_.log_partitions[row] - teacher_max / temperature_;
     rest_mass = std::max(0.0, -std::expm1(log_teacher_sum - log_partition));
     if (std::isnan(log_partition)) rest_mass = log_partition;
   }
-  // If the logits of all classes are equal, so must be the probabilities, to the bit.
+  // If the teacher lists all classes and its logits equal the student's, the probabilities must be equal to the
+  // bit. Without log-partitions, therefore, both are computed with 1 / sum.
   const double by_student = 1 / student_sum;
   const double by_teacher = batch_.log_partitions ? std::exp(-log_partition) : 1 / teacher_sum;
   for (int k = 0; k < count; ++k) {
@@ -149,8 +154,9 @@ std::optional<double> RowKernel<T>::topk_probabilities(int64_t row, RowState& st
   return log_q_rest;
 }
 
-// The divergence over the listed classes and the rest. Without log-partitions the teacher's rest has p = 0: there,
-// a divergence that is finite is proportional to q, so that one class can stand for all of the rest.
+// The divergence over the listed classes and, as one more class, the rest. Without log-partitions the rest has p =
+// 0. A divergence that is finite at p = 0 is proportional to q there, so that one class can represent all of the
+// rest.
 template <class T>
 double RowKernel<T>::topk_term(int64_t row, double scale, RowState& state, Factors& factors) {
   const int count = int(listed_.size());
@@ -178,8 +184,8 @@ double RowKernel<T>::topk_term(int64_t row, double scale, RowState& state, Facto
 // log(sigmoid(x)).
 inline double log_sigmoid(double x) { return std::min(x, 0.0) - std::log1p(std::exp(-std::abs(x))); }
 
-// Decoupled knowledge distillation: the KL divergence of (label, rest), a function of the label's log-odds alone,
-// and beta times the KL divergence within the rest.
+// Decoupled knowledge distillation: the KL divergence between the two-class distributions (label, rest), which
+// depends on the log-odds of the label only, plus beta times the KL divergence within the rest.
 template <class T>
 double RowKernel<T>::dkd_term(double scale, RowState& state, Factors& factors) {
   const Sums& sums = state.sums;
@@ -199,9 +205,9 @@ double RowKernel<T>::dkd_term(double scale, RowState& state, Factors& factors) {
                  term(p_rest, log_sigmoid(-teacher) - log_sigmoid(-student));
   state.student_valid = !std::isnan(student);
   state.teacher_valid = !std::isnan(teacher);
-  double beta = 0;  // without mass in the teacher's rest there is nothing to compare
+  double beta = 0;  // of the gradient; 0 if the teacher's rest has no mass, and so nothing to compare with
   if (sums.teacher != 0) {
-    beta = batch_.classes == 2 ? 0 : options_.beta;  // within a rest of one class the gradient is 0
+    beta = batch_.classes == 2 ? 0 : options_.beta;  // within a single class the gradient is 0
     const double within = sums.student == 0
                               ? infinity
                               : sums.cross / (sums.teacher * temperature_) + std::log(sums.student / sums.teacher);

@@ -12,11 +12,12 @@
 namespace pydistill::PYDISTILL_ISA {
 namespace {
 
-// Constants of exp2 for T: 2^f = 1 + f * p(f), and steps = 2^log_steps.
+// Constants of exp2 for T. 2^f = 1 + f * p(f). In the comments, steps is 2^log_steps.
 struct Exp2WithTable {  // p is minimax, of degree 2; relative error of 2^f 2.5e-8
   static constexpr int log_steps = 3;
   static constexpr float p[] = {0x1.62e432p-1f, 0x1.ec0c32p-3f, 0x1.c6a002p-5f};
-  // The bits of 2^(k / steps) less k << (mantissa_bits - log_steps), twice: a register has 8 or 16 of them.
+  // The bits of 2^(k / steps) minus k << (mantissa_bits - log_steps), for k < 8. They are stored twice, because an
+  // AVX-512 register holds 16 numbers.
   alignas(64) static constexpr int32_t step_bits[] = {
       0x3f800000, 0x3f7b95c2, 0x3f7837f0, 0x3f75fed7, 0x3f7504f3, 0x3f75672a, 0x3f7744fd, 0x3f7ac0c7,
       0x3f800000, 0x3f7b95c2, 0x3f7837f0, 0x3f75fed7, 0x3f7504f3, 0x3f75672a, 0x3f7744fd, 0x3f7ac0c7};
@@ -45,7 +46,7 @@ struct Exp2<double> {  // p is Taylor's, of degree 12; relative error of 2^f 4e-
   static constexpr double lowest_exponent = -1023.0;
 };
 
-// The bits of 2^(n / steps) less n << (mantissa_bits - log_steps).
+// The bits of 2^(n / steps) minus n << (mantissa_bits - log_steps).
 template <class T>
 inline Bits<T> step_bits(Bits<T> n) {
   using E = Exp2<T>;
@@ -58,13 +59,13 @@ inline Bits<T> step_bits(Bits<T> n) {
 // result[i] = 2^(d[i] * c), for N vectors.
 //
 // Lane types: float, double.
-// Range:      d <= 0, c > 0. Exactly 0 where d * c is below -126 (double: -1022.5), NaN for NaN.
-// Max error:  1.5 ULP (double: 2 ULP) beside the rounding of c. Without a fused fma(), |d * c| ULP more.
+// Range:      d <= 0, c > 0. Exactly 0 if d * c is below -126 (double: -1022.5), NaN for NaN.
+// Max error:  1.5 ULP (double: 2 ULP) in addition to the rounding of c. Without a fused fma(), |d * c| ULP more.
 // Arguments:  lowest is Exp2<T>::lowest_exponent / c, computed once by the caller.
 // Method:     With d * c = n / steps + f, the result is 2^(n / steps) * 2^f. Adding 1.5 * 2^mantissa_bits / steps
-//             leaves n in the low bits of the sum. f, in [-1/2, 1/2] / steps, comes from one fma, so that the
-//             product is not rounded. The N polynomials advance together: each is a chain of dependent
-//             instructions, and a CPU's scheduler overlaps only a few chains.
+//             leaves n in the low bits of the sum. f is in [-1/2, 1/2] / steps. It is computed with one fma, so
+//             that the product is not rounded. The N polynomials are evaluated together, degree by degree: each is
+//             a chain of dependent instructions, and a CPU's scheduler overlaps only a few chains.
 template <int N, class T>
 inline void exp2(const Vec<T> (&d)[N], Vec<T> c, Vec<T> lowest, Vec<T> (&result)[N]) {
   using E = Exp2<T>;

@@ -1,4 +1,4 @@
-// Pack: several vectors in one expression.
+// Pack: several vectors that are computed by one expression.
 #pragma once
 
 #include <limits>
@@ -8,8 +8,9 @@
 namespace pydistill::PYDISTILL_ISA {
 namespace {
 
-// N vectors, with the operations of Vec. An expression of one vector is a chain of dependent instructions, longer
-// than the window within which a CPU finds independent ones; N chains overlap.
+// N vectors, with the operations of Vec. An expression of one vector is a chain of dependent instructions that is
+// longer than the window in which a CPU searches for independent instructions. N vectors give N chains, which
+// overlap.
 template <int N, class T>
 struct Pack {
   Vec<T> v[N];

@@ -1,4 +1,5 @@
-// Distributes rows over the threads of OpenMP, whose number comes from torch. One thread needs no parallel region.
+// Distributes rows over the threads of OpenMP. The caller passes the number of threads, which is torch's. A single
+// thread runs without a parallel region.
 #pragma once
 
 #include <algorithm>
@@ -19,7 +20,8 @@
 
 namespace pydistill {
 
-// A forked child inherits the thread pool's bookkeeping but not its threads: it would hang if it used the pool.
+// A forked child inherits the bookkeeping of the thread pool, but not its threads. It would hang if it used the
+// pool.
 inline bool& in_forked_child() {
   static bool forked = false;
   return forked;
@@ -42,17 +44,17 @@ inline int usable_threads(int threads) {
 
 // The number of shares that the rows are divided into, one per thread.
 inline int row_shares(int64_t rows, int64_t elements, int threads) {
-  constexpr int64_t elements_per_thread = 32768;  // below that, waking a thread costs more than it saves
+  constexpr int64_t elements_per_thread = 32768;  // for fewer elements, waking a thread costs more than it saves
   const int64_t useful = std::min(rows, elements / elements_per_thread);
   return int(std::min<int64_t>(usable_threads(threads), std::max<int64_t>(1, useful)));
 }
 
-// Throws std::bad_alloc if there is no memory to start `threads` threads; libgomp would end the process.
+// Throws std::bad_alloc if there is no memory to start `threads` threads. Otherwise libgomp would end the process.
 inline void check_memory_for_threads(int threads) {
 #if defined(_OPENMP) && defined(__linux__)
-  thread_local int started = 1;  // the pool belongs to the calling thread, and shrinks with a smaller team
+  thread_local int started = 1;  // each calling thread has its own pool, which shrinks if it runs a smaller team
   if (threads > started) {
-    constexpr size_t bookkeeping = size_t(64) << 10;  // freed at once, so that libgomp can allocate it
+    constexpr size_t bookkeeping = size_t(64) << 10;  // freed on return, so that libgomp can allocate the memory
     const std::unique_ptr<char[]> small(new char[bookkeeping]);
     size_t stack = 0;
     pthread_attr_t attributes;

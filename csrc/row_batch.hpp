@@ -1,4 +1,4 @@
-// The batch that Python hands to the kernels, and their results per row: plain structs, without torch.
+// The batch that Python passes to the kernels, and the results of each row: plain structs, without torch.
 #pragma once
 
 #include <cstdint>
@@ -11,13 +11,26 @@ enum class Divergence : int {
 #define DIVERGENCE(name, type) name,
 #include "divergences.def"
 #undef DIVERGENCE
-  mse,  // mse and dkd are not sums over classes of a function of p and q
+  mse,  // mse and dkd are not sums over the classes of a function of p and q
   dkd,
 };
 
-inline int64_t size_of(DType dtype) { return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2; }
+// No default, so that the compiler warns about a new dtype.
+inline int64_t size_of(DType dtype) {
+  switch (dtype) {
+    case DType::float32:
+      return 4;
+    case DType::float64:
+      return 8;
+    case DType::bfloat16:
+    case DType::float16:
+      return 2;
+  }
+  return 0;
+}
 
-// Rows of consecutive elements. They start `stride` elements apart; with a stride of 0 all are the same row.
+// Rows of consecutive elements that start `stride` elements apart. If the stride is 0, every row is the same
+// memory.
 struct Matrix {
   void* data = nullptr;
   DType dtype = DType::float32;
@@ -36,22 +49,24 @@ struct LossOptions {
 #include "options.def"
 #undef OPTION
 
-  // Whether a term has a weight. A given denominator of 0 says that no row counts for it in the whole step.
+  // Whether the loss contains a term. If the given denominator is 0, no row of the whole step counts for the term.
   bool evaluates_soft() const { return alpha > 0 && soft_counts(); }
   bool evaluates_hard() const { return alpha < 1 && hard_counts(); }
   bool soft_counts() const { return !(reduction == Reduction::mean && soft_items == 0); }
   bool hard_counts() const { return !(reduction == Reduction::mean && hard_items == 0); }
 };
 
+// The arguments of one evaluation. Optional arrays are null if they are absent.
 struct RowBatch {
   int64_t rows = 0, classes = 0;
   Matrix student, teacher;  // the teacher is not read if alpha is 0
-  // A top-k teacher: its matrix has `teacher_classes` logits per row, those of the classes `teacher_indices`, in
-  // ascending order. Null: the teacher has a logit for every class.
+  // Set for a top-k teacher. A row of `teacher` then has `teacher_classes` logits, and the same row of
+  // `teacher_indices` has their classes, in ascending order. If it is null, the teacher has a logit for every
+  // class.
   const int64_t* teacher_indices = nullptr;
   int64_t teacher_classes = 0;
-  // Log-sum-exp of all the teacher's logits / T, per row: the classes without a logit are one more outcome, which
-  // has the rest of the mass. Null: they have no mass.
+  // Log-sum-exp of all of the teacher's logits / T, per row. The classes without a logit then are one more class,
+  // which has the rest of the mass. If it is null, they have no mass.
   const double* log_partitions = nullptr;
   const void* labels = nullptr;
   bool labels_are_int32 = false;
@@ -59,8 +74,8 @@ struct RowBatch {
   const void* sample_weight = nullptr;
   const void* class_weight = nullptr;
   LossOptions options;
-  double grad_output = 1;                 // multiplies the gradient of every row
-  const void* row_grad_output = nullptr;  // multiplies the gradient of its row
+  double grad_output = 1;                 // a factor of the whole gradient
+  const void* row_grad_output = nullptr;  // a factor for the gradient of each row
   Matrix gradient;                        // in the student's dtype; data is null if no gradient is wanted
   bool want_metrics = false;
 
@@ -68,16 +83,16 @@ struct RowBatch {
   bool evaluates_hard() const { return options.evaluates_hard(); }
 };
 
-// Label, weight and scales of one row; computed for all rows before the first gradient is written.
+// Label, weight and scales of one row. They are computed for all rows before the first gradient is written.
 struct RowPlan {
-  int64_t label = -1;     // -1: no hard term
-  double weight = 0;      // 0: the row counts for no term
-  double soft_scale = 0;  // factor of this row's soft term in the gradient
-  double hard_scale = 0;  // factor of its hard term
+  int64_t label = -1;     // -1 if the row has no hard term
+  double weight = 0;      // 0 if the row counts for no term
+  double soft_scale = 0;  // factor of the row's soft term in the gradient
+  double hard_scale = 0;  // factor of the row's hard term in the gradient
 };
 
-// Results of one row, before weights. The terms are in nats and include T^2. A row that does not count keeps the
-// zeros.
+// Results of one row, without its weight. The terms are in nats; the soft term includes T^2 if the option
+// t_squared is set. If a row does not count, all of its results are 0.
 struct RowOutcome {
   double soft = 0, hard = 0;
 #define METRIC(name, rows) double name = 0;

@@ -1,16 +1,17 @@
-// RowKernel: the loss of one row after another, with its gradient. Compiled once per ISA, in a namespace of its
-// own (PYDISTILL_ISA).
+// RowKernel: computes loss and gradient of one row after another. It is compiled once per ISA, each time in its
+// own namespace (PYDISTILL_ISA).
 //
-// The kernel reads the logits of a row from memory once and writes its gradient once. The steps:
+// The kernel reads the logits of a row from memory once and writes the gradient of the row once. The steps are:
 // - scan.hpp: the exponentials, relative to the running maximum, and their sums. The exponentials are kept in
-//   scratch memory (L2). forward_kl and dkd need no further pass.
-// - second_pass.hpp: the other divergences, class by class, from the probabilities that the sums now give; and
-// mse.
-// - listed.hpp: the classes that the scan leaves out, which are those of a top-k teacher, or dkd's label.
+//   scratch memory, which stays in the L2 cache. forward_kl and dkd need no further pass.
+// - second_pass.hpp: the other divergences, class by class, from the probabilities that follow from the sums; also
+//   mse.
+// - listed.hpp: the listed classes, which the scan leaves out: the k classes of a top-k teacher, or dkd's label.
 // - gradient.hpp: combines the scratch arrays into the gradient.
 // - kernels.cpp: the order of the steps, the cross-entropy and the metrics.
 //
-// A logit of NaN or +inf, or a row of -inf only, makes the sums NaN, and with them the row, as in torch.
+// If a logit is NaN or +inf, or all logits of a row are -inf, the sums are NaN. Loss and gradient of the row are
+// then NaN too, as in torch.
 #pragma once
 
 #include <algorithm>
@@ -40,11 +41,15 @@ inline SoftTerm soft_term_of(const RowBatch& batch) {
   return batch.options.divergence == Divergence::forward_kl ? SoftTerm::forward_kl : SoftTerm::pointwise;
 }
 
-// mse compares the logits as they are.
+// Whether the soft term divides the logits by T. mse compares them undivided.
 inline bool is_tempered(SoftTerm term) { return term != SoftTerm::none && term != SoftTerm::mse; }
 
-// How the cross-entropy gets exp(s) from the soft term's exp(s / T): not at all, as it is, by squaring it once or
-// twice, or by an exponential of its own.
+// How the cross-entropy gets exp(s) from the soft term's exp(s / T):
+// - none: there is no cross-entropy;
+// - same: T = 1, so the two are equal;
+// - square: T = 2, exp(s / T) is squared;
+// - fourth: T = 4, exp(s / T) is squared twice;
+// - own: exp(s) is computed in addition.
 enum class HardExp { none, same, square, fourth, own };
 
 inline HardExp hard_exp_of(bool tempered, bool hard, double temperature) {
@@ -53,7 +58,8 @@ inline HardExp hard_exp_of(bool tempered, bool hard, double temperature) {
   return temperature == 2 ? HardExp::square : temperature == 4 ? HardExp::fourth : HardExp::own;
 }
 
-// The base of exp(x / T), as exp2 takes it: c = log2(e) / T, and the x below which the result is 0.
+// Arguments of exp2() in math.hpp for exp(x / T): the factor c = log2(e) / T, and the lowest x, below which the
+// result is 0.
 template <class T>
 struct ExpBase {
   explicit ExpBase(double temperature)
@@ -62,15 +68,15 @@ struct ExpBase {
   Vec<T> c, lowest;
 };
 
-// Sums over one block or, rescaled to one maximum, over the blocks so far.
+// Sums over the classes of one block, or of all blocks so far, rescaled to one maximum.
 struct Sums {
   double student = 0;  // exp((s - max) / T)
   double teacher = 0;  // exp((t - max) / T)
-  double cross = 0;    // exp((t - max) / T) times the difference of the shifted logits, teacher - student
+  double cross = 0;    // exp((t - max) / T) * ((t - max of t) - (s - max of s))
   double hard = 0;     // exp(s - max)
 };
 
-// Value and sum of h of a pointwise divergence (divergences.hpp).
+// Value of a pointwise divergence, and the sum of its derivatives h_j by log q_j (divergences.hpp).
 struct PointSums {
   double value = 0, h = 0;
 };
@@ -80,10 +86,11 @@ template <class T>
 struct Scratch {
   T* student_exp;  // exp((s - max) / T)
   T* teacher_exp;  // exp((t - max) / T)
-  T* hard_exp;     // exp(s - max), where it is not a power of student_exp
+  T* hard_exp;     // exp(s - max), for HardExp::own only
 
-  // h, up to a factor. For forward_kl and dkd that is teacher_exp, as h = -p; the second pass writes h, or the
-  // difference s - t for mse, over teacher_exp.
+  // The derivatives h_j of the divergence by log q_j (divergences.hpp), up to a factor. For forward_kl and dkd,
+  // whose h_j is proportional to p_j, this is teacher_exp. The second pass overwrites teacher_exp with h, or for
+  // mse with the difference s - t.
   T* derivative() const { return teacher_exp; }
 };
 
@@ -97,11 +104,11 @@ struct Factors {
 template <class T>
 struct BlockFactors {
   T student_exp, derivative, hard_exp, constant, smooth;
-  const T* class_weight;  // of this block; null where smooth is folded into constant
+  const T* class_weight;  // of this block; null if `constant` includes the label smoothing
 };
 
-// Arrays, one after the other, in one block of memory that the caller allocated. Constructed with a null pointer,
-// it only adds up the size of that block.
+// Arena: places arrays one after the other in a block of memory that the caller allocated. An Arena that is
+// constructed with a null pointer only adds up the size that this block needs.
 class Arena {
  public:
   explicit Arena(char* memory) : memory_(memory) {}
@@ -130,15 +137,15 @@ class RowKernel {
   struct Maxima {
     T student = std::numeric_limits<T>::lowest(), teacher = std::numeric_limits<T>::lowest();
   };
-  // What the scan found. Sums and maxima are those of the classes that it did not leave out.
+  // The result of the scan. Sums and maxima leave out the listed classes.
   struct RowState {
     Sums sums;
     Maxima max;
     int64_t student_max_block = 0, teacher_max_block = 0;  // first class of the block with the maximum
     double full_max = 0, full_sum = 0;                     // of the student at T = 1, over all classes
-    bool student_valid = false, teacher_valid = false;     // no NaN, no +inf, not -inf only
+    bool student_valid = false, teacher_valid = false;     // no NaN, no +inf, not all -inf
   };
-  // A class that the scan leaves out: one that a top-k teacher lists, or dkd's label.
+  // A class that the scan leaves out: a class of a top-k teacher, or dkd's label.
   struct ListedClass {
     int64_t index;
     T student, teacher;   // logits
@@ -204,8 +211,8 @@ class RowKernel {
   bool has_hard_;  // the loss has a cross-entropy
   bool want_gradient_;
   bool in_place_;        // the gradient is written over the student's logits
-  bool past_cache_;      // the gradient is written past the caches; in place its lines are in a cache already
-  bool scan_teacher_;    // the teacher has a logit for every class, to be exponentiated
+  bool past_cache_;      // the gradient is written with streaming stores; not in place, where its lines are cached
+  bool scan_teacher_;    // the scan exponentiates the teacher, which has a logit for every class
   bool has_derivative_;  // the gradient reads Scratch::derivative()
   bool keep_exps_;       // the scan stores its exponentials
   HardExp hard_exp_;
@@ -216,8 +223,8 @@ class RowKernel {
   T *student_buffer_, *teacher_buffer_, *gradient_buffer_;  // blocks in the compute type
   Maxima* block_max_;                                       // the running maxima after each block
   std::span<ListedClass> listed_;                           // of the current row, by index
-  T mask_ = 0;                   // logit that the scan sees for a listed class; its exponential is 0
-  T *p_, *q_, *log_ratio_, *h_;  // of the listed classes, and of all others as one more
+  T mask_ = 0;                   // logit that replaces a listed class in the scan; its exponential is 0
+  T *p_, *q_, *log_ratio_, *h_;  // of the listed classes, and of all others as one more class
 };
 
 template <class T>
@@ -239,7 +246,8 @@ RowKernel<T>::RowKernel(const RowBatch& batch, bool past_cache, Arena& arena)
       temperature_(is_tempered(soft_term_) ? batch.options.temperature : 1),
       soft_base_(temperature_),
       hard_base_(1) {
-  // Rows end in whole pairs of vectors. Small rows take little memory: a small batch notices what it allocates.
+  // Rows are padded to whole pairs of vectors. Small rows get little memory, because allocating more would slow
+  // down a small batch.
   const int64_t blocks = (batch.classes + kBlock<T> - 1) / kBlock<T>;
   const int64_t padded = (batch.classes + 2 * kLanes<T> - 1) / (2 * kLanes<T>)*(2 * kLanes<T>);
   const int64_t row = keep_exps_ ? padded : 0, one_block = std::min<int64_t>(kBlock<T>, padded);
@@ -254,11 +262,12 @@ RowKernel<T>::RowKernel(const RowBatch& batch, bool past_cache, Arena& arena)
   listed_ = {arena.take<ListedClass>(listed), arena.measures() ? 0 : size_t(listed)};
   std::uninitialized_value_construct(listed_.begin(), listed_.end());
   class_weight_sum_ = double(batch.classes);
-  if (class_weight_ && options_.label_smoothing > 0)  // only label smoothing needs the sum
+  // Only label smoothing needs the sum. A kernel that only measures its memory computes it too, which is harmless.
+  if (class_weight_ && options_.label_smoothing > 0)
     class_weight_sum_ = std::accumulate(class_weight_, class_weight_ + batch.classes, 0.0);
 }
 
-// A block in the compute type: memory itself, or converted into `buffer`.
+// A block in the compute type: a pointer to the logits themselves, or to `buffer` if they had to be converted.
 template <class T>
 const T* RowKernel<T>::read(const Matrix& m, int64_t row, int64_t begin, int n, T* buffer) const {
   const char* from = m.at(row, begin);

@@ -19,15 +19,18 @@ inline T block_maximum(const T* x, int n, T start) {
 
 // The exponentials of a block that is in L1, and their sums.
 //
-// kTeacher: the teacher is exponentiated too. kKeep: the exponentials are stored in `out`. kMasked: 0 * inf is
-// kept out of the cross sum, which is needed only if a logit is -inf. `ahead_s` and `ahead_t` point at the memory
-// that will be needed one block later; step_s and step_t are the bytes of its elements.
+// If kTeacher is set, the teacher is exponentiated too. If kKeep is set, the exponentials are stored in `out`. If
+// kMasked is set, a product 0 * inf counts as 0 in the cross sum; this is needed only if a logit is -inf.
+// `ahead_s` and `ahead_t` point to the logits of the next block, which are prefetched; step_s and step_t are the
+// sizes of their elements in bytes.
 template <class T, HardExp H, bool kTeacher, bool kKeep, bool kMasked>
 inline Sums exponentials(const T* s, const T* t, int n, T student_max, T teacher_max, const ExpBase<T>& soft,
                          const ExpBase<T>& hard, const Scratch<T>& out, const char* ahead_s, int64_t step_s,
                          const char* ahead_t, int64_t step_t) {
   const Vec<T> ms = set<T>(student_max), mt = set<T>(teacher_max), soft_c = soft.c, soft_lowest = soft.lowest;
-  constexpr int at_once = kTeacher ? 2 : 4;  // four chains of dependent instructions in either case
+  // Vectors per step. Four chains of dependent instructions overlap: 2 of the student and 2 of the teacher, or 4
+  // of the student.
+  constexpr int at_once = kTeacher ? 2 : 4;
   Vec<T> student[at_once], hard_sum[at_once], teacher[2] = {set<T>(0), set<T>(0)},
                                               cross[2] = {set<T>(0), set<T>(0)};
   for (int i = 0; i < at_once; ++i) student[i] = hard_sum[i] = set<T>(0);
@@ -37,11 +40,11 @@ inline Sums exponentials(const T* s, const T* t, int n, T student_max, T teacher
     prefetch(ahead_s + j * step_s);
     if constexpr (w * kVecBytes > 64) prefetch(ahead_s + (j + w / 2 * lanes) * step_s);
     if constexpr (kTeacher) prefetch(ahead_t + j * step_t);
-    Vec<T> shifted[kTeacher ? 2 * w : w], e[kTeacher ? 2 * w : w];  // the student's, then the teacher's
+    Vec<T> shifted[kTeacher ? 2 * w : w], e[kTeacher ? 2 * w : w];  // of the student, then of the teacher
     for (int i = 0; i < w; ++i) shifted[i] = load(s + j + i * lanes, k) - ms;
     if constexpr (kTeacher)
       for (int i = 0; i < w; ++i) shifted[w + i] = load(t + j + i * lanes, k) - mt;
-    Vec<T> difference[w];  // computed here: after exp2 the shifted logits would have to be spilled to the stack
+    Vec<T> difference[w];  // before exp2(): otherwise the shifted logits would be spilled to the stack
     if constexpr (kTeacher)
       for (int i = 0; i < w; ++i) difference[i] = shifted[w + i] - shifted[i];
     exp2(shifted, soft_c, soft_lowest, e);
@@ -81,14 +84,14 @@ inline Sums exponentials(const T* s, const T* t, int n, T student_max, T teacher
   return r;
 }
 
-// The cache lines that the gradient will fill are fetched while the block is being exponentiated.
+// Prefetches the cache lines of the gradient, so that they arrive while the block is exponentiated.
 template <class T>
 void RowKernel<T>::prefetch_gradient(int64_t row, int64_t begin, int n) const {
   const char* end = batch_.gradient.at(row, begin + n);
   for (const char* p = batch_.gradient.at(row, begin); p < end; p += 64) prefetch_to_write(p);
 }
 
-// Makes the sums so far refer to new maxima. If student and teacher are equal their maxima rise together, and the
+// Rescales the sums so far to new maxima. If student and teacher are equal, their maxima rise together, and the
 // cross sum stays 0.
 template <class T>
 void RowKernel<T>::rescale(RowState& state, const Maxima& max) const {
@@ -117,14 +120,15 @@ Sums RowKernel<T>::scan_block(const T* s, const T* t, int64_t begin, int n, cons
         kTeacher ? batch_.teacher.at(next_row, next_begin) : nullptr, size_of(batch_.teacher.dtype));
   };
   Sums sums = keep_exps_ ? pass.template operator()<true, false>() : pass.template operator()<false, false>();
-  // An infinite or NaN cross sum may be the 0 * inf of a masked class.
+  // The cross sum may be infinite or NaN because a logit is -inf. It is then computed again with kMasked.
   if (kTeacher && !std::isfinite(sums.cross))
     sums.cross =
         (keep_exps_ ? pass.template operator()<true, true>() : pass.template operator()<false, true>()).cross;
   return sums;
 }
 
-// Chosen once per kernel: for a small row the choice among ten inlined passes would cost more than the pass.
+// The variant of scan_block for a kernel. It is chosen once per kernel: for a small row, a choice among ten
+// inlined variants would take longer than the scan.
 template <class T>
 template <bool kTeacher>
 typename RowKernel<T>::ScanBlock RowKernel<T>::scan_block_for(HardExp hard_exp) {
@@ -167,7 +171,7 @@ typename RowKernel<T>::RowState RowKernel<T>::scan(int64_t row) {
     block_max_[b] = max;
     if (want_gradient_ && !in_place_ && !past_cache_) prefetch_gradient(row, begin, n);
     const Sums sums = (this->*scan_block_)(s, t, begin, n, max, row);
-    if (in_place_)  // the masked logits are restored: the cross-entropy and the argmax read the row again
+    if (in_place_)  // restores the masked logits, because the cross-entropy and the argmax read the row again
       for (const ListedClass& c : listed) const_cast<T*>(s)[c.index - begin] = c.student;
     state.sums.student += sums.student;
     state.sums.teacher += sums.teacher;

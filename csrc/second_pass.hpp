@@ -1,4 +1,5 @@
-// The second pass over a row, whose exponentials and sums are known: pointwise divergences, and mse.
+// The second pass over a row, after the scan has computed the exponentials and their sums: pointwise divergences
+// and mse.
 #pragma once
 
 #include "divergences.hpp"
@@ -7,18 +8,18 @@
 namespace pydistill::PYDISTILL_ISA {
 namespace {
 
-// Numbers of a row that make probabilities and log-ratios of its exponentials and logits.
+// Numbers of a row from which, with its exponentials and logits, probabilities and log-ratios are computed.
 template <class T>
 struct Normaliser {
   T student_max, teacher_max, inverse_temperature;
-  T log_sum_ratio;          // log of the student's sum over the teacher's
-  double log_ratio_at_max;  // log q - log p at the student's maximum
+  T log_sum_ratio;          // log(sum of the student's exponentials / sum of the teacher's)
+  double log_ratio_at_max;  // log q - log p of the student's largest class
   double beta, one_minus_beta;
 };
 
-// Value and sum of h over one block. h is written over the teacher's exponentials. The factors take the
-// exponentials of this block to probabilities. Flattened: with a call left inside, value and h do not share common
-// subexpressions, and the pass takes three times as long.
+// Value and sum of h over one block. h overwrites the teacher's exponentials. The exponentials of this block,
+// times student_factor and teacher_factor, are the probabilities. gnu::flatten inlines all calls; without it value
+// and h do not share common subexpressions, and the pass takes three times as long.
 template <class D, class T>
 [[gnu::flatten]] inline PointSums pointwise(const T* s, const T* t, int n, const Normaliser<T>& z,
                                             T student_factor, T teacher_factor, const Scratch<T>& scratch) {
@@ -91,7 +92,7 @@ PointSums RowKernel<T>::pointwise_pass(int64_t row, const RowState& state) {
   return total;
 }
 
-// The sum of the squares of s - t over one block. A class that is -inf in both adds 0. The differences are stored
+// The sum of (s - t)^2 over one block. A class whose logit is -inf in both adds 0. The differences are stored
 // unless `difference` is null.
 template <class T>
 inline T squared_difference(const T* s, const T* t, int n, T* difference) {
@@ -118,7 +119,7 @@ double RowKernel<T>::mse_pass(int64_t row, RowState& state) {
     const T* t = read(batch_.teacher, row, begin, n, teacher_buffer_);
     total += squared_difference(s, t, n, want_gradient_ ? scratch_at(begin).derivative() : nullptr);
     if (!batch_.want_metrics) continue;
-    const T max = block_maximum(t, n, state.max.teacher);  // the scan has not read the teacher
+    const T max = block_maximum(t, n, state.max.teacher);  // the scan does not read the teacher
     if (max > state.max.teacher || begin == 0) state.max.teacher = max, state.teacher_max_block = begin;
   }
   state.teacher_valid = !std::isnan(total);

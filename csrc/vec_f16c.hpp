@@ -1,4 +1,4 @@
-// Conversion of float16 by the F16C instructions, which accompany AVX2 and AVX-512: 8 elements at a time.
+// Conversion of float16 with the F16C instructions, for the families of AVX2 and AVX-512: 8 elements at a time.
 #pragma once
 
 #include <immintrin.h>

@@ -1,4 +1,4 @@
-// The register family of any other machine: 16 bytes, and no instruction by name.
+// The register family for any other machine: 16 bytes, without particular instructions.
 #pragma once
 
 namespace pydistill::PYDISTILL_ISA {

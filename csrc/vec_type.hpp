@@ -1,5 +1,5 @@
-// Vec<T> and its operations, on any machine for which GCC and Clang compile: their vector types have operators,
-// comparisons and ?: that work lane by lane. A register family (vec.hpp) overloads some of the templates.
+// Vec<T> and its operations, for any machine. They use the vector types of GCC and Clang, whose operators,
+// comparisons and ?: work lane by lane. A register family (vec.hpp) overloads some of the templates.
 #pragma once
 
 #include <cmath>
@@ -35,7 +35,7 @@ struct Vec {
 
 template <class T>
 inline Vec<T> set(T x) {
-  return {x - Register<T>{}};  // a broadcast; a loop over the lanes becomes a chain of inserts
+  return {x - Register<T>{}};  // compiles to a broadcast; a loop over the lanes compiles to a chain of inserts
 }
 template <class T>
 inline Vec<T> operator+(Vec<T> a, Vec<T> b) {
@@ -66,29 +66,29 @@ inline Vec<T> sqrt(Vec<T> a) {
   for (int i = 0; i < kLanes<T>; ++i) a.v[i] = std::sqrt(a.v[i]);
   return a;
 }
-// b if a or b is NaN, as x86 defines it.
+// The larger number, or b if a or b is NaN, as the instructions of x86 define it.
 template <class T>
 inline Vec<T> max(Vec<T> a, Vec<T> b) {
   return {a.v > b.v ? a.v : b.v};
 }
-// a * b + c, fused where the family has an instruction for it.
+// a * b + c, fused if the family has an instruction for it.
 template <class T>
 inline Vec<T> fma(Vec<T> a, Vec<T> b, Vec<T> c) {
   return a * b + c;
 }
-// w * x, and 0 where w is 0, whatever x is. A NaN weight stays NaN.
+// w * x, but 0 if w is 0, for any x. If w is NaN, the result is NaN.
 template <class T>
 inline Vec<T> times(Vec<T> w, Vec<T> x) {
   const Register<T> zero = {};
   return {w.v == zero ? zero : w.v * x.v};
 }
 
-// a where x > 0, else b.
+// Per lane, a if x > 0, else b.
 template <class T>
 inline Vec<T> where_positive(Vec<T> x, Vec<T> a, Vec<T> b) {
   return {x.v > Register<T>{} ? a.v : b.v};
 }
-// a where x = y, infinities included, else b.
+// Per lane, a if x = y, else b. Equal infinities are equal.
 template <class T>
 inline Vec<T> where_equal(Vec<T> x, Vec<T> y, Vec<T> a, Vec<T> b) {
   return {x.v == y.v ? a.v : b.v};
@@ -110,13 +110,14 @@ template <class T>
 inline void store(T* p, Vec<T> a) {
   std::memcpy(p, &a.v, sizeof a.v);
 }
-// Writes past the caches where the family can. p is a multiple of kVecBytes.
+// A streaming store, which bypasses the caches, if the family has one. p must be aligned to kVecBytes.
 template <class T>
 inline void stream(T* p, Vec<T> a) {
   store(p, a);
 }
 
-// Tails of n < kLanes elements; memory from p[n] on is not touched.
+// The next three functions handle n < kLanes elements. They do not access memory from p[n] on.
+
 // The first n lanes of a, and 0 in the others.
 template <class T>
 inline Vec<T> first(Vec<T> a, int n) {
@@ -138,14 +139,15 @@ inline void store_first(T* p, Vec<T> a, int n) {
     if (i < n) p[i] = a.v[i];
 }
 
-// Converts between float16 and float32 in whole vectors, and returns the number of elements that it converted:
-// none, unless the family has instructions for it.
+// Converts between float16 and float32 in whole vectors and returns the number of converted elements, which is 0
+// unless the family has instructions for the conversion.
 template <class From, class To>
 inline int convert_half_vectors(const From*, To*, int) {
   return 0;
 }
 
-// Sum and maximum over the lanes: the upper half onto the lower, until one is left. The order is fixed.
+// Combines all lanes with f, for sum() and maximum(): repeatedly combines the upper with the lower half until one
+// lane is left. The order is fixed.
 template <int N, class T, class Lanes, class F>
 inline T over_lanes(Lanes a, F f) {
   if constexpr (N == 1) {

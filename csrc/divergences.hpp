@@ -2,12 +2,11 @@
 //
 // The row kernel computes the gradient by the student's logits from h, as (h_j - q_j * sum_k h_k) / T, and applies
 // temperature, weights, labels and reductions. Values are in nats and include all constants. h_j may drop a term c
-// * q_j, with the same c for all classes j, because this term does not change the gradient. The domain is p, q >=
-// 0 and 0 < beta <= 1 unless another one is stated. If beta makes a divergence equal to another one, as for jsd at
-// 0 and 1, Python passes the other one.
+// * q_j, with the same c for all classes j, because this term does not change the gradient. Unless another domain
+// is stated, it is p, q >= 0 and 0 < beta <= 1. If beta makes a divergence equal to another one, as for jsd at 0
+// and 1, Python passes the other one.
 //
-// times(w, x) is w * x, but 0 if w is 0, because that is the limit of w * log w. A product 0 * inf thus does not
-// occur.
+// times(w, x) is w * x, but 0 if w is 0: that is the limit of w * log w. Thus 0 * inf does not occur.
 #pragma once
 
 #include <algorithm>
@@ -23,8 +22,8 @@ template <class P>
 struct Point {
   P p, q;
   P log_ratio;  // log q - log p, from the logits: the difference of two logarithms would lose digits
-  // D::reference of the row, which is about h / q of the student's largest class. h subtracts reference * q, so
-  // that it is small for classes with a large q. Otherwise h_j and q_j * sum_k h_k would cancel.
+  // D::reference of the row: the factor of q in h at the student's largest class. It is subtracted from this
+  // factor in h, so that h_j is small if q_j is large. Otherwise h_j and q_j * sum_k h_k would cancel.
   P reference;
   P beta, one_minus_beta;  // rounded separately: 1 - beta would have few digits if beta is near 1
 };

@@ -11,8 +11,7 @@ namespace pydistill {
 namespace {
 
 constexpr double kNan = std::numeric_limits<double>::quiet_NaN();
-// Larger gradients would not stay in the last-level cache. They are written with streaming stores, which bypass
-// it.
+// Larger gradients would not stay in the last-level cache. They are written with streaming stores.
 constexpr int64_t kPastCacheBytes = int64_t(32) << 20;
 
 double number(const void* array, int64_t i, bool is_double) {
@@ -43,8 +42,7 @@ class AlignedMemory {
   char* data_;
 };
 
-// Decides for each row which terms count, and with which weight. Fills `plans` and writes to no array of the
-// caller.
+// Decides for each row which terms count, and with which weight. Fills `plans`; writes no array of the caller.
 Counts plan_rows(const RowBatch& batch, bool is_double, std::vector<RowPlan>& plans, Evaluation& result) {
   const LossOptions& options = batch.options;
   const bool soft = options.evaluates_soft(), hard = options.evaluates_hard();

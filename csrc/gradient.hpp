@@ -109,15 +109,13 @@ void RowKernel<T>::write_row(int64_t row, const RowPlan& plan, const RowState& s
   const double unlisted_share = listed_.empty() ? 1 : std::exp(double(state.max.student) - state.full_max);
   factors.hard_exp = hard.present ? hard.scale * hard.total * unlisted_share / state.full_sum : 0;
   // h is centred in scratch memory, before any other factor is applied. If q_j is near 1, h_j and q_j * h_sum
-  // cancel. In float32 they do so exactly only as long as each of them has not been multiplied by a rounded
-  // factor.
+  // cancel. In float32 the result is exact only if neither of them has been multiplied by a rounded factor.
   const bool centred = soft_term_ == SoftTerm::pointwise;
   auto listed = listed_.begin();
 
   for (int64_t begin = 0, b = 0; begin < batch_.classes; begin += kBlock<T>, ++b) {
     const int n = block_size(begin);
-    // The exponentials refer to the running maximum of their block. These factors rescale them to the row's
-    // maximum.
+    // The exponentials refer to the running maximum of their block. The factors rescale them to that of the row.
     const double student_drop = (double(block_max_[b].student) - double(state.max.student)) * std::numbers::log2e;
     const double teacher_drop = (double(block_max_[b].teacher) - double(state.max.teacher)) * std::numbers::log2e;
     const double fs = student_drop == 0 ? 1 : std::exp2(student_drop / temperature_);

@@ -13,8 +13,7 @@
 namespace pydistill::PYDISTILL_ISA {
 namespace {
 
-// The value of torch's cross_entropy for this row with reduction="none", including class weights and label
-// smoothing.
+// The value of torch's cross_entropy(reduction="none") for this row, with class weights and label smoothing.
 template <class T>
 double RowKernel<T>::cross_entropy(int64_t row, const RowPlan& plan, const RowState& state) {
   const double log_sum = std::log(state.full_sum), max = state.full_max;

@@ -1,5 +1,4 @@
-// Rows with listed classes: the k classes of a top-k teacher, or dkd's label. All other classes are called the
-// rest.
+// Rows with listed classes: the k classes of a top-k teacher, or dkd's label. All other classes are the rest.
 //
 // The scan leaves the listed classes out, so that its sums and maxima are those of the rest. If the sums of the
 // rest were computed by subtraction from the sums of the whole row, they would lose their digits whenever the
@@ -41,7 +40,8 @@ const T* RowKernel<T>::mask_listed(std::span<ListedClass> listed, const T* x, in
 
 // The scan over the rest. A mask of -inf is always correct. But if the teacher is scanned too, it causes a product
 // 0 * inf in the cross sum of each block with a listed class, and the sum is then computed twice. The lowest
-// finite number avoids that. It is correct unless no logit of the rest is greater: the row is then scanned again.
+// finite number avoids that. It is incorrect only if no logit of the rest is greater; the row is then scanned
+// again.
 template <class T>
 typename RowKernel<T>::RowState RowKernel<T>::scan_unlisted(int64_t row, const RowPlan& plan) {
   constexpr T lowest = std::numeric_limits<T>::lowest();
@@ -55,7 +55,7 @@ typename RowKernel<T>::RowState RowKernel<T>::scan_unlisted(int64_t row, const R
   return state;
 }
 
-// Replaces `count` numbers x <= 0 by exp(x / T). The memory is padded to whole vectors.
+// Replaces `count` numbers x <= 0 by exp(x / T). Pads x to whole vectors, for which the array must have room.
 template <class T>
 inline void exponentials_in_place(T* x, int count, const ExpBase<T>& base) {
   for (int j = count; j % kLanes<T> != 0; ++j) x[j] = std::numeric_limits<T>::lowest();
@@ -129,7 +129,7 @@ std::optional<double> RowKernel<T>::topk_probabilities(int64_t row, RowState& st
   const double log_student_sum = std::log(student_sum), log_teacher_sum = std::log(teacher_sum);
   state.student_valid = student_sum > 0, state.teacher_valid = teacher_sum > 0;
   if (!state.student_valid || !state.teacher_valid) return std::nullopt;
-  double log_partition = log_teacher_sum;  // log-sum-exp of (t - teacher_max) / T over all classes
+  double log_partition = log_teacher_sum;  // log-sum-exp of (t - teacher_max) / T over the classes with mass
   double rest_mass = 0;
   if (batch_.log_partitions) {
     log_partition = batch_.log_partitions[row] - teacher_max / temperature_;
@@ -154,9 +154,8 @@ std::optional<double> RowKernel<T>::topk_probabilities(int64_t row, RowState& st
   return log_q_rest;
 }
 
-// The divergence over the listed classes and, as one more class, the rest. Without log-partitions the rest has p =
-// 0. A divergence that is finite at p = 0 is proportional to q there, so that one class can represent all of the
-// rest.
+// The divergence over the listed classes and, as one more class, the rest. Without log-partitions, p = 0 in the
+// rest. A divergence that is finite at p = 0 is proportional to q there, so that one class can represent the rest.
 template <class T>
 double RowKernel<T>::topk_term(int64_t row, double scale, RowState& state, Factors& factors) {
   const int count = int(listed_.size());

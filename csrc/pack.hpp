@@ -9,7 +9,7 @@ namespace pydistill::PYDISTILL_ISA {
 namespace {
 
 // N vectors, with the operations of Vec. An expression of one vector is a chain of dependent instructions that is
-// longer than the window in which a CPU searches for independent instructions. N vectors give N chains, which
+// longer than the window in which a CPU searches for independent instructions. The N chains of N vectors
 // overlap.
 template <int N, class T>
 struct Pack {

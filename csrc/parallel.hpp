@@ -20,8 +20,7 @@
 
 namespace pydistill {
 
-// A forked child inherits the bookkeeping of the thread pool, but not its threads. It would hang if it used the
-// pool.
+// A forked child inherits the bookkeeping of the thread pool, but not its threads, and would hang if it used it.
 inline bool& in_forked_child() {
   static bool forked = false;
   return forked;
@@ -54,7 +53,7 @@ inline void check_memory_for_threads(int threads) {
 #if defined(_OPENMP) && defined(__linux__)
   thread_local int started = 1;  // each calling thread has its own pool, which shrinks if it runs a smaller team
   if (threads > started) {
-    constexpr size_t bookkeeping = size_t(64) << 10;  // freed on return, so that libgomp can allocate the memory
+    constexpr size_t bookkeeping = size_t(64) << 10;  // freed below, so that libgomp can allocate the memory
     const std::unique_ptr<char[]> small(new char[bookkeeping]);
     size_t stack = 0;
     pthread_attr_t attributes;

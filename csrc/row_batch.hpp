@@ -29,8 +29,7 @@ inline int64_t size_of(DType dtype) {
   return 0;
 }
 
-// Rows of consecutive elements that start `stride` elements apart. If the stride is 0, every row is the same
-// memory.
+// Rows of consecutive elements that start `stride` elements apart. If the stride is 0, all rows are the same.
 struct Matrix {
   void* data = nullptr;
   DType dtype = DType::float32;
@@ -60,13 +59,12 @@ struct LossOptions {
 struct RowBatch {
   int64_t rows = 0, classes = 0;
   Matrix student, teacher;  // the teacher is not read if alpha is 0
-  // Set for a top-k teacher. A row of `teacher` then has `teacher_classes` logits, and the same row of
-  // `teacher_indices` has their classes, in ascending order. If it is null, the teacher has a logit for every
-  // class.
+  // For a top-k teacher, a row of `teacher` has `teacher_classes` logits, and the same row of `teacher_indices`
+  // has their classes, in ascending order. If teacher_indices is null, the teacher has a logit for every class.
   const int64_t* teacher_indices = nullptr;
   int64_t teacher_classes = 0;
   // Log-sum-exp of all of the teacher's logits / T, per row. The classes without a logit then are one more class,
-  // which has the rest of the mass. If it is null, they have no mass.
+  // which has the rest of the mass. If log_partitions is null, they have no mass.
   const double* log_partitions = nullptr;
   const void* labels = nullptr;
   bool labels_are_int32 = false;

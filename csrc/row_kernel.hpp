@@ -10,8 +10,8 @@
 // - gradient.hpp: combines the scratch arrays into the gradient.
 // - kernels.cpp: the order of the steps, the cross-entropy and the metrics.
 //
-// If a logit is NaN or +inf, or all logits of a row are -inf, the sums are NaN. Loss and gradient of the row are
-// then NaN too, as in torch.
+// If a logit of a row is NaN or +inf, the sums are NaN; if all logits are -inf, the sums are 0. In both cases loss
+// and gradient of the row are NaN, as in torch. mse, which needs no sums, has its own rules (second_pass.hpp).
 #pragma once
 
 #include <algorithm>
@@ -246,8 +246,8 @@ RowKernel<T>::RowKernel(const RowBatch& batch, bool past_cache, Arena& arena)
       temperature_(is_tempered(soft_term_) ? batch.options.temperature : 1),
       soft_base_(temperature_),
       hard_base_(1) {
-  // Rows are padded to whole pairs of vectors. Small rows get little memory, because allocating more would slow
-  // down a small batch.
+  // Rows are padded to whole pairs of vectors. Small rows get little memory: allocating more slows down a small
+  // batch.
   const int64_t blocks = (batch.classes + kBlock<T> - 1) / kBlock<T>;
   const int64_t padded = (batch.classes + 2 * kLanes<T> - 1) / (2 * kLanes<T>)*(2 * kLanes<T>);
   const int64_t row = keep_exps_ ? padded : 0, one_block = std::min<int64_t>(kBlock<T>, padded);

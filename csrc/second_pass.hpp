@@ -1,5 +1,4 @@
-// The second pass over a row, after the scan has computed the exponentials and their sums: pointwise divergences
-// and mse.
+// The second pass over a row, which uses the exponentials and sums of the scan: pointwise divergences, and mse.
 #pragma once
 
 #include "divergences.hpp"

@@ -1,5 +1,4 @@
-// Common parts of the register families of x86: prefetches, the fence after streaming stores, the flag for
-// denormals.
+// Common parts of the x86 register families: prefetches, the fence after streaming stores, the flag for denormals.
 #pragma once
 
 #include <immintrin.h>

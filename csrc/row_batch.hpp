@@ -16,14 +16,16 @@ enum class Divergence : int {
 };
 
 inline int64_t size_of(DType dtype) {
-  switch (dtype) {  // without a default, so that the compiler warns about a new dtype, which needs a size below
-    case DType::float32:
+  switch (dtype) {  // without a default, so that the compiler warns about a new dtype
     case DType::float64:
+      return 8;
+    case DType::float32:
+      return 4;
     case DType::bfloat16:
     case DType::float16:
       break;
   }
-  return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2;
+  return 2;
 }
 
 // Rows of consecutive elements that start `stride` elements apart. If the stride is 0, all rows are the same.

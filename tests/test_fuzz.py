@@ -1,6 +1,7 @@
 """The fuzzer itself: planted mistakes are found and made small, the oracle is right, what is printed is the call."""
 
 import contextlib
+import dataclasses
 import io
 import os
 import signal
@@ -45,15 +46,15 @@ def scaled_gradient(outcome, gradient):
 
 
 def other_denominator(outcome, _):
-    return outcome._replace(soft_items=outcome.soft_items + 1)
+    return dataclasses.replace(outcome, soft_items=outcome.soft_items + 1)
 
 
 def other_loss(outcome, _):
-    return outcome._replace(loss=outcome.loss * (1 + 1e-5))
+    return dataclasses.replace(outcome, loss=outcome.loss * (1 + 1e-5))
 
 
 def lost_agreement(outcome, _):
-    return outcome._replace(agreement=0.0)
+    return dataclasses.replace(outcome, metrics=dict(outcome.metrics) | {"agreement": 0.0})
 
 
 @pytest.mark.parametrize(

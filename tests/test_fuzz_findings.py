@@ -85,7 +85,7 @@ def test_top_k_teacher_in_float64_of_large_logits(compute, dtype):
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_float16_head_with_large_weights(variant, monkeypatch, reduction):
     """As where products in float16 are native: its gradient had been infinite in them."""
-    monkeypatch.setattr("pydistill.engine.head._native", lambda dtype: True)
+    monkeypatch.setattr("pydistill.engine.head.has_native_products", lambda dtype: True)
     hidden, weight = (torch.randn(shape).half().requires_grad_() for shape in ((3, 4), (5, 4)))
     teacher, labels, w = torch.randn(3, 5), torch.tensor([1, 4, 0]), torch.tensor([9e5, 5e5, 2e3])
     options = {"sample_weight": w, "class_weight": torch.tensor([1.0, 75.0, 0.0, 1.0, 3.0]), "reduction": reduction}

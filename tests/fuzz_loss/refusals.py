@@ -116,7 +116,8 @@ _HEAD = [
     ("student_bias", ["[1.0] * 5", "torch.ones(5, dtype=torch.int64)", "1.0"], TypeError),
     ("softcap", ["0", "-1.0", "inf", "nan", "'1'", "True"], ValueError),
     ("logit_scale", ["0", "-1.0", "inf", "nan", "None", "True"], ValueError),
-    ("chunk_rows", ["0", "-1", "2.5", "True", "'8'"], ValueError),
+    ("chunk_rows", ["0", "-1"], ValueError),
+    ("chunk_rows", ["2.5", "True", "'8'"], TypeError),
 ]
 _OF_ITEMS = [
     ("labels", ["torch.tensor([0, -3, 1])", "torch.tensor([0, -1, 1], dtype=torch.int32)"], IndexError),

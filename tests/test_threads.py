@@ -3,6 +3,7 @@
 import multiprocessing
 import threading
 
+import numba
 import numpy as np
 import pytest
 import torch
@@ -12,9 +13,10 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import pydistill
 from pydistill.engine.batch import batch_of
-from pydistill.engine.numba import rows as numba_rows
+from pydistill.engine.numba.backend import make_settings, new_scratch
+from pydistill.engine.numba.scan import scan
+from pydistill.engine.numba.second_pass import pointwise, second_pass
 from pydistill.engine.options import check_options
-from pydistill.formulas import DIVERGENCES
 
 FORK = multiprocessing.get_context("fork")
 
@@ -170,6 +172,12 @@ def test_training_loop_around_forked_workers(variant):
     assert losses[-1] < losses[0]
 
 
+@numba.njit
+def _scan_twice(points, s, t, settings, scratch):
+    sums = scan(s, t, True, settings, scratch)
+    return sums, second_pass(points, s, t, sums, settings, scratch)
+
+
 @pytest.mark.parametrize("divergence", KINDS)
 def test_numba_does_not_depend_on_where_its_memory_lies(divergence):
     """The bits of a short row, with the scratch at every distance behind the logits: LLVM's loops look at it."""
@@ -177,21 +185,20 @@ def test_numba_does_not_depend_on_where_its_memory_lies(divergence):
     options = check_options(
         pydistill.distillation_loss.__kwdefaults__ | {"divergence": divergence, "temperature": 2.0, "alpha": 0.7}
     )
-    second_pass = None if divergence == "forward_kl" else numba_rows._second_pass(DIVERGENCES[divergence])
+    points = pointwise(divergence, np.float32)
     for classes in (5, 9, 21, 40):
         row = torch.zeros(1, classes)
-        settings, _ = numba_rows._settings(
-            batch_of(row, [row, row[0, :1].long(), None, None, None, None], options), True, False
-        )
+        settings = make_settings(batch_of(row, [row, row[0, :1].long(), None, None, None, None], options), True, False)
         s, t = (3 * torch.randn(2, classes)).numpy()
         logits = buffer[:classes]
         logits[:] = s
         found = set()
         for distance in range(80):
-            scratch = numba_rows._new_scratch(classes, settings, np.float32)
-            scratch = scratch._replace(
-                student=buffer[classes + distance :][:classes], teacher=buffer[2 * classes + 2 * distance :][:classes]
+            scratch = new_scratch(classes, np.float32)._replace(
+                student_exp=buffer[classes + distance :][:classes],
+                derivative=buffer[2 * classes + 2 * distance :][:classes],
+                hard_exp=buffer[3 * classes + 3 * distance :][:classes],
+                log_ratio=buffer[4 * classes + 4 * distance :][:classes],
             )
-            sums = numba_rows.scan(logits, t, settings, scratch)
-            found.add((sums, second_pass and second_pass(logits, t, sums, settings, scratch)))
+            found.add(_scan_twice(points, logits, t, settings, scratch))
         assert len(found) == 1

@@ -1,5 +1,5 @@
 """The numba backend: the fallback where there is no compiled core."""
 
-from pydistill.engine.numba.rows import NumbaBackend
+from pydistill.engine.numba.backend import NumbaBackend
 
 __all__ = ["NumbaBackend"]

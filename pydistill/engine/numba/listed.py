@@ -6,17 +6,20 @@ one more class, are then a row of their own, in float64.
 """
 
 import math
+from typing import Any
 
 import numpy as np
 
-from pydistill.engine.numba.math import compiled
-from pydistill.engine.numba.scan import DKD, forward_kl, maximum, scan
+from pydistill.engine.numba.math import Array, compiled
+from pydistill.engine.numba.scan import DKD, Scratch, Settings, Sums, forward_kl, maximum, scan
 from pydistill.engine.numba.second_pass import second_pass
 from pydistill.formulas import times
 
 
 @compiled
-def scan_rest(s, t, listed, settings, scratch):
+def scan_rest(
+    s: Array, t: Array, listed: Array, settings: Settings, scratch: Scratch
+) -> tuple[Sums, tuple[float, float]]:
     """The sums without the listed classes; the row's maximum, and its sum of exp(s - maximum)."""
     for j in range(len(s)):
         scratch.student_rest[j] = s[j]
@@ -35,13 +38,15 @@ def scan_rest(s, t, listed, settings, scratch):
 
 
 @compiled
-def log_mass(total, shift, temperature):
+def log_mass(total: float, shift: float, temperature: float) -> float:
     """The logit of one class that has the mass of several, whose exponentials add up to ``total``."""
     return shift + temperature * math.log(total)
 
 
 @compiled
-def dkd_term(s, t, listed, whole_max, sums, scale, settings, row):
+def dkd_term(
+    s: Array, t: Array, listed: Array, whole_max: float, sums: Sums, scale: float, settings: Settings, row: Scratch
+) -> tuple[float, tuple[float, float]]:
     """KL of (label, rest), and beta times the KL within the rest."""
     temperature, label, beta = settings.temperature, listed[0], 0.0  # without mass in the rest nothing is compared
     x, y, teacher_max = row.student_rest, row.teacher_rest, max(sums.teacher_max, np.float64(t[label]))
@@ -61,7 +66,18 @@ def dkd_term(s, t, listed, whole_max, sums, scale, settings, row):
 
 
 @compiled
-def topk_term(points, s, t, log_partition, listed, whole_max, sums, scale, settings, row):
+def topk_term(
+    points: Any,
+    s: Array,
+    t: Array,
+    log_partition: Array,
+    listed: Array,
+    whole_max: float,
+    sums: Sums,
+    scale: float,
+    settings: Settings,
+    row: Scratch,
+) -> tuple[float, tuple[float, float]]:
     """The divergence of the k classes, and of the rest as one more.
 
     Without a log-partition, which is an empty array, the rest has p = 0: every divergence that is finite there is

@@ -2,30 +2,34 @@
 
 import hashlib
 import math
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, TypeAlias
 
 import numba
 import numpy as np
 from numba import types
 from numba.extending import overload, register_jitable
+from numpy.typing import NDArray
 
 from pydistill import formulas
 
+Array: TypeAlias = NDArray[Any]  # of float32 or float64, in one dimension
 LOG2E, LN2 = 1.4426950408889634, 0.6931471805599453
 
 # fastmath is written out, since a function takes over that of the one that it is first called from. Without the runtime
 # nothing counts references, a fifth of the time, and nothing can allocate while a gradient is written over its logits.
-OPTIONS = {"nogil": True, "error_model": "numpy", "fastmath": False, "_nrt": False}
-compiled = numba.njit(**OPTIONS, no_cpython_wrapper=True, no_cfunc_wrapper=True)  # called by compiled code only
+OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": False, "_nrt": False}
+compiled: Any = numba.njit(**OPTIONS, no_cpython_wrapper=True, no_cfunc_wrapper=True)  # called by compiled code only
 
 # A digest of the files whose code is compiled together, which all that is cached on disk closes over: numba's cache
 # compares a function's own file and what it closes over, not the files of the functions that it calls.
-SOURCES = hashlib.sha256(
+SOURCES: str = hashlib.sha256(
     b"".join(file.read_bytes() for file in [*sorted(Path(__file__).parent.glob("*.py")), Path(formulas.__file__)])
 ).hexdigest()
 
 
-def cached_on_disk(decorator, function):
+def cached_on_disk(decorator: Callable[..., Any], function: Callable[..., Any]) -> Any:
     """The compiled function, cached on disk where there is a place to write."""
     try:
         return decorator(cache=True)(function)
@@ -34,13 +38,13 @@ def cached_on_disk(decorator, function):
 
 
 @numba.njit(**OPTIONS | {"fastmath": {"reassoc", "nsz"}})
-def accumulate(total, x):
+def accumulate(total: Any, x: Any) -> Any:
     """``total + x`` in a loop whose additions LLVM may reorder, so that it can keep one total per lane."""
     return total + x
 
 
 @numba.njit(**OPTIONS | {"fastmath": {"contract"}})
-def multiply_add(a, b, addend):
+def multiply_add(a: Any, b: Any, addend: Any) -> Any:
     """``a * b + addend``, rounded once where the CPU has fused multiply-add."""
     return a * b + addend
 
@@ -52,7 +56,7 @@ def _float32(*coefficients):
 # Per dtype: its type, the integer of its width, mantissa bits, exponent bias, and the polynomial of 2^x on [-1/2, 1/2].
 # float32: minimax of degree 6, relative error 1.6e-8. float64: Taylor of degree 13, 4e-18.
 _EXP2 = _float32(1, 0.6931472, 0.24022646, 0.055503286, 0.009618489, 0.0013399931, 0.00015345812)
-FORMAT = {
+FORMAT: dict[Any, tuple[Any, ...]] = {
     types.float32: (np.float32, np.int32, 23, 127, _EXP2),
     types.float64: (np.float64, np.int64, 52, 1023, tuple(LN2**k / math.factorial(k) for k in range(14))),
 }
@@ -60,7 +64,7 @@ FORMAT = {
 _LOG = _float32(0.3333391, -0.25001338, 0.19963063, -0.16577585, 0.14914769, -0.14267486, 0.087004304)
 
 
-def exp2(d, c, period):
+def exp2(d: Any, c: Any, period: Any) -> Any:
     """``exp2(d * c)`` for d <= 0 < c and ``period`` = 1 / c. float32: within 1 ULP; float64: within 2.
 
     Beside the rounding of ``period``; 0 below 2^-126.5 (2^-1022.5), NaN for NaN. Adding 1.5 * 2^(mantissa bits) leaves
@@ -87,7 +91,7 @@ def _exp2(d, c, period):
     return exp2
 
 
-def log(x):
+def log(x: Any) -> Any:
     """log(x) for normal x > 0; exactly 0 at 1, NaN for NaN. float32: within 1 ULP; float64: libm's, not in vectors."""
 
 

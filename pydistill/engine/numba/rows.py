@@ -6,18 +6,19 @@ read them once more, in cache.
 
 import math
 from functools import cache, partial
+from typing import Any
 
 import numba
 import numpy as np
 
 from pydistill.engine.numba.listed import dkd_term, scan_rest, topk_term
-from pydistill.engine.numba.math import OPTIONS, SOURCES, accumulate, cached_on_disk, compiled, multiply_add
-from pydistill.engine.numba.scan import FORWARD_KL, MSE, TOPK, argmax, forward_kl, scan
+from pydistill.engine.numba.math import OPTIONS, SOURCES, Array, accumulate, cached_on_disk, compiled, multiply_add
+from pydistill.engine.numba.scan import FORWARD_KL, MSE, TOPK, Scratch, Settings, Sums, argmax, forward_kl, scan
 from pydistill.engine.numba.second_pass import second_pass
 
 
 @compiled
-def mean_squared_error(s, t, difference):
+def mean_squared_error(s: Array, t: Array, difference: Array) -> float:
     """The mean of (s - t)^2; a class that is masked in both adds nothing."""
     for j in range(len(s)):
         difference[j] = 0 if s[j] == -math.inf and t[j] == -math.inf else s[j] - t[j]
@@ -28,7 +29,7 @@ def mean_squared_error(s, t, difference):
 
 
 @compiled
-def cross_entropy(s, label, whole, class_weight, settings):
+def cross_entropy(s: Array, label: int, whole: tuple[float, float], class_weight: Array, settings: Settings) -> float:
     """torch's value for this row under reduction="none", class weight and label smoothing included."""
     log_sum, shifted = math.log(whole[1]), 0.0
     nll = (whole[0] - np.float64(s[label]) + log_sum) * np.float64(class_weight[label])
@@ -41,7 +42,20 @@ def cross_entropy(s, label, whole, class_weight, settings):
 
 
 @compiled
-def write(out, s, index, plan, factors, h_sum, sums, whole, class_weight, settings, scratch, listed_gradient):
+def write(
+    out: Array,
+    s: Array,
+    index: Array,
+    plan: Any,
+    factors: tuple[float, float],
+    h_sum: float,
+    sums: Sums,
+    whole: tuple[float, float],
+    class_weight: Array,
+    settings: Settings,
+    scratch: Scratch,
+    listed_gradient: Array,
+) -> None:
     """The row's gradient; ``factors`` are those of student_exp and derivative. ``out`` may be ``s``."""
     real, labelled = out.dtype.type, plan.hard_scale != 0  # it is 0 without a label
     onehot = plan.hard_scale * (1 - settings.smoothing) * np.float64(class_weight[plan.label])
@@ -68,7 +82,7 @@ def write(out, s, index, plan, factors, h_sum, sums, whole, class_weight, settin
 
 
 @cache
-def row_loop(pointwise, listed):
+def row_loop(pointwise: bool, listed: bool) -> Any:
     """The loop over rows, compiled for pointwise divergences, for rows with listed classes, or for the other terms."""
     digest = SOURCES
 

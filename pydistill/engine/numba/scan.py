@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from numba.extending import overload
 
-from pydistill.engine.numba.math import FORMAT, LN2, LOG2E, accumulate, compiled, exp2
+from pydistill.engine.numba.math import FORMAT, LN2, LOG2E, Array, accumulate, compiled, exp2
 from pydistill.formulas import times
 
 BLOCK = 512  # elements that are summed in the row's dtype; four arrays of a block fit in L1 together
@@ -40,13 +40,13 @@ class Settings(NamedTuple):
 class Scratch(NamedTuple):
     """One thread's memory for a row."""
 
-    student_exp: np.ndarray  # exp((s - max) / T); then q of a pointwise divergence
-    derivative: np.ndarray  # exp((t - max) / T); then p and h of a pointwise divergence; s - t of mse
-    hard_exp: np.ndarray  # exp(s - max)
-    log_ratio: np.ndarray  # log q - log p; then each class's value
-    student_rest: np.ndarray  # a row without the listed classes, or these and the rest as one more class
-    teacher_rest: np.ndarray
-    gradient: np.ndarray  # of listed classes
+    student_exp: Array  # exp((s - max) / T); then q of a pointwise divergence
+    derivative: Array  # exp((t - max) / T); then p and h of a pointwise divergence; s - t of mse
+    hard_exp: Array  # exp(s - max)
+    log_ratio: Array  # log q - log p; then each class's value
+    student_rest: Array  # a row without the listed classes, or these and the rest as one more class
+    teacher_rest: Array
+    gradient: Array  # of listed classes
 
 
 class Sums(NamedTuple):
@@ -60,7 +60,7 @@ class Sums(NamedTuple):
     teacher_max: float
 
 
-def maximum(x):
+def maximum(x: Array) -> float:
     """The largest of a row, in float64, or the lowest number. A NaN may be passed over: it reaches the sums."""
 
 
@@ -83,7 +83,7 @@ def _maximum(x):
 
 
 @compiled
-def first_at(x, value):
+def first_at(x: Array, value: float) -> int:
     """Where the value is first found; the length where it is not."""
     first = len(x)
     for j in range(len(x)):
@@ -93,7 +93,7 @@ def first_at(x, value):
 
 
 @compiled
-def argmax(x):
+def argmax(x: Array) -> int:
     """The first maximum; -1 for a row without one: NaN, +inf, or -inf throughout."""
     largest = maximum(x)
     first = first_at(x, largest)
@@ -101,7 +101,7 @@ def argmax(x):
 
 
 @compiled
-def total(x):
+def total(x: Array) -> float:
     """Sum of an array."""
     result = 0.0
     for begin in range(0, len(x), BLOCK):
@@ -113,7 +113,7 @@ def total(x):
 
 
 @compiled
-def scan(s, t, scan_teacher, settings, scratch):
+def scan(s: Array, t: Array, scan_teacher: bool, settings: Settings, scratch: Scratch) -> Sums:
     """Exponentials of a row into scratch, and their sums."""
     real, temperature = s.dtype.type, settings.temperature
     c, period, hard_c, hard_period = real(LOG2E / temperature), real(LN2 * temperature), real(LOG2E), real(LN2)
@@ -148,6 +148,6 @@ def scan(s, t, scan_teacher, settings, scratch):
 
 
 @compiled
-def forward_kl(sums, settings):
+def forward_kl(sums: Sums, settings: Settings) -> float:
     """KL(p, q) from the sums over a row."""
     return sums.cross / (sums.teacher * settings.temperature) + math.log(sums.student) - math.log(sums.teacher)

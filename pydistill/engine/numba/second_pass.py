@@ -2,19 +2,20 @@
 
 import math
 from functools import cache, partial
+from typing import Any
 
 import numba
 import numpy as np
 from numba import types
 from numba.extending import register_jitable
 
-from pydistill.engine.numba.math import SOURCES, cached_on_disk, compiled
-from pydistill.engine.numba.scan import first_at, total
+from pydistill.engine.numba.math import SOURCES, Array, cached_on_disk, compiled
+from pydistill.engine.numba.scan import Scratch, Settings, Sums, first_at, total
 from pydistill.formulas import DIVERGENCES, Point
 
 
 @cache
-def pointwise(divergence, real):
+def pointwise(divergence: str, real: Any) -> Any:
     """A divergence as a C function of some classes: h replaces p, and each class's value replaces log q - log p.
 
     The row loop calls it by its address, so that the loop is compiled once for all divergences.
@@ -37,7 +38,9 @@ def pointwise(divergence, real):
 
 
 @compiled
-def second_pass(points, s, t, sums, settings, scratch):
+def second_pass(
+    points: Any, s: Array, t: Array, sums: Sums, settings: Settings, scratch: Scratch
+) -> tuple[float, float]:
     """Value of a pointwise divergence, and the sum of h. q and h replace the exponentials."""
     real, temperature, log_sum_ratio = s.dtype.type, settings.temperature, math.log(sums.student / sums.teacher)
     ms, mt, inverse, shift = real(sums.student_max), real(sums.teacher_max), real(1 / temperature), real(log_sum_ratio)

@@ -32,7 +32,7 @@ DivergenceName = Literal[
 class Point(NamedTuple):
     """Probabilities of teacher (p) and student (q), elementwise, and log q - log p, from the logits.
 
-    ``rest`` is 1 - beta, rounded once. ``reference`` is a number of the row, the factor of q in h where q is largest: h
+    ``one_minus_beta`` is rounded once. ``reference`` is a number of the row: the factor of q in h where q is largest. h
     may differ from the derivative by a constant times q, which does not change the gradient.
     """
 
@@ -40,7 +40,7 @@ class Point(NamedTuple):
     q: Any
     log_ratio: Any
     beta: Any
-    rest: Any
+    one_minus_beta: Any
     reference: Any
 
 
@@ -85,12 +85,6 @@ def mixture(x: Point, of_p: Any, of_q: Any) -> Mixture:
     return Mixture(log_p, log_q, times(torch.minimum(x.p, x.q), larger.exp()))
 
 
-def log_q_over_mixture(log_ratio: float, of_p: float, of_q: float) -> float:
-    """``log(q / m)`` of one class from log q - log p, all numbers."""
-    ratio = math.exp(-abs(log_ratio))
-    return -math.log(ratio + (of_q if log_ratio > 0 else of_p) * (1 - ratio)) - max(0.0, -log_ratio)
-
-
 class Softening(Protocol):
     """The options that a divergence depends on."""
 
@@ -123,8 +117,6 @@ class Divergence:
         formula: D(p, q) in words, for the documentation.
         value, d_log_q: value and derivative of a class, functions of its :class:`Point`. mse and dkd are not sums over
             classes of such values.
-        reference: ``reference(log_ratio, beta, rest)`` gives a row's ``Point.reference``, from the student's largest
-            class.
         beta: default of the parameter; None if there is none. It may be at most ``largest_beta``.
         ends: the divergences that it equals at beta = 0 and at beta = 1, if it equals another one there.
         zeros: whether the teacher's probabilities may be 0.
@@ -136,7 +128,6 @@ class Divergence:
     formula: str
     value: Callable[[Point], Any]
     d_log_q: Callable[[Point], Any]
-    reference: Callable[[float, float, float], float] = lambda log_ratio, beta, rest: 0.0
     beta: float | None = None
     largest_beta: float = 1.0
     ends: tuple[DivergenceName | None, DivergenceName | None] = (None, None)
@@ -164,32 +155,31 @@ DIVERGENCES: dict[str, Divergence] = {
         "sum q (log q - log p)",
         value=lambda x: times(x.q, x.log_ratio),
         d_log_q=lambda x: times(x.q, x.log_ratio - x.reference),
-        reference=lambda log_ratio, beta, rest: log_ratio,
     ),
     "jsd": Divergence(
         "beta KL(p, m) + (1 - beta) KL(q, m), m = beta p + (1 - beta) q; forward_kl at beta = 0, reverse_kl at 1",
         value=lambda x: (
-            x.beta * times(x.p, mixture(x, x.beta, x.rest).log_p)
-            + x.rest * times(x.q, mixture(x, x.beta, x.rest).log_q)
+            x.beta * times(x.p, mixture(x, x.beta, x.one_minus_beta).log_p)
+            + x.one_minus_beta * times(x.q, mixture(x, x.beta, x.one_minus_beta).log_q)
         ),
-        d_log_q=lambda x: x.rest * times(x.q, mixture(x, x.beta, x.rest).log_q),
+        d_log_q=lambda x: x.one_minus_beta * times(x.q, mixture(x, x.beta, x.one_minus_beta).log_q),
         beta=0.5,
         ends=("forward_kl", "reverse_kl"),
     ),
     "skew_forward_kl": Divergence(
         "KL(p, beta p + (1 - beta) q)",
-        value=lambda x: times(x.p, mixture(x, x.beta, x.rest).log_p),
-        d_log_q=lambda x: -x.rest * mixture(x, x.beta, x.rest).overlap,
+        value=lambda x: times(x.p, mixture(x, x.beta, x.one_minus_beta).log_p),
+        d_log_q=lambda x: -x.one_minus_beta * mixture(x, x.beta, x.one_minus_beta).overlap,
         beta=0.1,
         ends=("forward_kl", None),
     ),
     "skew_reverse_kl": Divergence(
         "KL(q, (1 - beta) p + beta q)",
-        value=lambda x: times(x.q, mixture(x, x.rest, x.beta).log_q),
+        value=lambda x: times(x.q, mixture(x, x.one_minus_beta, x.beta).log_q),
         d_log_q=lambda x: (
-            times(x.q, mixture(x, x.rest, x.beta).log_q - x.reference) + x.rest * mixture(x, x.rest, x.beta).overlap
+            times(x.q, mixture(x, x.one_minus_beta, x.beta).log_q - x.reference)
+            + x.one_minus_beta * mixture(x, x.one_minus_beta, x.beta).overlap
         ),
-        reference=lambda log_ratio, beta, rest: log_q_over_mixture(log_ratio, rest, beta),
         beta=0.1,
         ends=("reverse_kl", None),
     ),

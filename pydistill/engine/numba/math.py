@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 import numba
 import numpy as np
 from numba import types
-from numba.extending import overload, register_jitable
+from numba.extending import overload
 from numpy.typing import NDArray
 
 from pydistill import formulas
@@ -118,7 +118,6 @@ def _log(x):
 
 
 overload(formulas.root)(lambda x: lambda x: math.sqrt(x))
-register_jitable(formulas.log_q_over_mixture)
 # Not the literal 0, which would make it float64.
 overload(formulas.times)(lambda weight, x: lambda weight, x: weight if weight == 0 else weight * x)
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from pydistill.engine.batch import Batch, Outcome
 from pydistill.engine.checks import check_rows, check_storage, sums_to_one
 from pydistill.engine.loss_formula import combine
+from pydistill.engine.metrics import METRICS, is_defined
 from pydistill.engine.numba import scan
 from pydistill.engine.numba.rows import row_loop
 from pydistill.engine.numba.second_pass import pointwise
@@ -214,17 +215,16 @@ def _reduce(batch: Batch, counted: _Rows, outcomes: NDArray[Any], metrics: bool)
         values = terms[term] if is_evaluated else np.full_like(terms[term], math.nan)
         terms[term] = torch.as_tensor(values, dtype=dtype) if per_row else float(values)
 
-    def share(flags: str, rows: NDArray[np.bool_], defined: bool) -> float:
-        return float(outcomes[flags].sum() / rows.sum()) if metrics and defined and rows.any() else math.nan
-
+    means = dict.fromkeys(METRICS, math.nan)
+    for name, metric in METRICS.items() if metrics else ():
+        rows = counted.soft if metric.term == "soft" else counted.labelled
+        if is_defined(metric, batch) and rows.any():
+            means[name] = float(outcomes[name].sum() / rows.sum())
     return Outcome(
         loss=loss,
         **terms,
         soft_items=counted.items[0],
         hard_items=counted.items[1],
-        metrics={
-            "agreement": share("same_argmax", counted.soft, batch.teacher is not None),
-            "accuracy": share("correct", counted.labelled, batch.labels is not None),
-        },
+        metrics=means,
         teacher_sums_to_one=sums_to_one(batch),
     )

@@ -127,8 +127,8 @@ def row_loop(pointwise: bool, listed: bool) -> Any:
                 outcome.hard = cross_entropy(s, plan.label, whole, class_weight, settings)
             if settings.metrics:
                 best, theirs = argmax(s), argmax(t)
-                outcome.correct = best == plan.label and best >= 0
-                outcome.same_argmax = theirs >= 0 and best == (index[theirs] if term == TOPK else theirs)
+                outcome.accuracy = best == plan.label and best >= 0
+                outcome.agreement = theirs >= 0 and best == (index[theirs] if term == TOPK else theirs)
             if settings.write:
                 gradient = listed_row.gradient
                 write(out, s, index, plan, factors, h_sum, sums, whole, class_weight, settings, scratch, gradient)

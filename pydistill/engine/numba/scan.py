@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from numba.extending import overload
 
+from pydistill.engine.metrics import METRICS
 from pydistill.engine.numba.math import FORMAT, LN2, LOG2E, Array, accumulate, compiled, exp2
 from pydistill.formulas import times
 
@@ -20,7 +21,7 @@ BLOCK = 512  # elements that are summed in the row's dtype; four arrays of a blo
 NONE, FORWARD_KL, POINTWISE, MSE, TOPK, DKD = range(6)  # how the soft term is computed
 
 ROW_PLAN = np.dtype([("label", "i8"), ("weight", "f8"), ("soft_scale", "f8"), ("hard_scale", "f8")], align=True)
-ROW_OUTCOME = np.dtype([("soft", "f8"), ("hard", "f8"), ("same_argmax", "?"), ("correct", "?")], align=True)
+ROW_OUTCOME = np.dtype([(name, "f8") for name in ("soft", "hard", *METRICS)])
 
 
 class Settings(NamedTuple):

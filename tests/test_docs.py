@@ -74,8 +74,8 @@ def test_readme_figures_of_the_tutorial(readme_loop):
     forest.fit(namespace["X"], namespace["y"])
     seen, unseen = (forest.predict_proba(namespace[rows]).max(1).mean() for rows in ("X", "X_test"))
     readme = " ".join((ROOT / "README.md").read_text().split())
-    assert f"mean maximum {(probs / 4).softmax(1).amax(1).mean():.3f} where uniform is 0.1" in readme
-    assert f"mean maximum {seen:.2f}, against {unseen:.2f} on rows it has not seen" in readme
+    assert f"the mean maximum is {(probs / 4).softmax(1).amax(1).mean():.3f}, and 0.1" in readme
+    assert f"the mean maximum is {seen:.2f}, and {unseen:.2f} on rows" in readme
 
 
 def test_readme_commands_install_what_they_need():

@@ -85,9 +85,9 @@ def log_mixture(log_a, log_b, weight):
 
 
 def overlap(x, log_m):
-    """p * q / m."""
-    xp = library(x.log_p)
-    return xp.exp(difference(x.log_p, log_m) + xp.where(log_m == -INF, -INF, x.log_q))
+    """p * q / m; 0 where m is 0, as it may be where p is not, if beta is 1."""
+    where, none = library(log_m).where, log_m == -INF
+    return library(log_m).exp(difference(x.log_p, where(none, 0, log_m)) + where(none, -INF, x.log_q))
 
 
 def of_p(x):

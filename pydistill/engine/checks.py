@@ -136,27 +136,41 @@ def _check_teacher_form(teacher: Tensor | SoftTargets | None, labels: Tensor | N
         )
     if not isinstance(teacher, SoftTargets):
         return None
-    if not entry.zeros and teacher.has_zeros:
-        raise ValueError(
-            f"teacher: {divergence} compares logits, and a probability of 0 has none; use forward_kl or jsd"
-        )
+    check_zeros(teacher, divergence)
     if teacher.indices is None:
         return None
     if teacher.tail not in entry.top_k:
         forms = " or ".join(f'tail="{tail}"' for tail in entry.top_k)
         rule = f"takes a top-k teacher with {forms} only" if forms else "takes no top-k teacher"
         raise ValueError(f'teacher: {divergence} {rule}, got tail="{teacher.tail}"')
-    if teacher.tail == "renormalize":
-        return None
-    partitions = teacher.log_partitions.get(options.temperature)
-    if teacher.indices.shape[-1] == teacher.shape[-1]:
-        return None  # there is no rest; a rounding error would give it mass that the student's lacks
-    if partitions is None:
+    return partitions_at(teacher, options.temperature) if has_bucket(teacher) else None
+
+
+def check_zeros(teacher: SoftTargets, divergence: str) -> None:
+    """Refuse probabilities of exactly 0 for a divergence that compares logits."""
+    if teacher.has_zeros and not DIVERGENCES[divergence].zeros:
+        raise ValueError(
+            f"teacher: {divergence} compares logits, and a probability of 0 has none; use forward_kl, jsd or "
+            "skew_reverse_kl"
+        )
+
+
+def has_bucket(teacher: SoftTargets) -> bool:
+    """Whether one more outcome holds the rest of a top-k teacher's mass.
+
+    Not if k is the number of classes: a rounding error would give the rest mass that the student's lacks.
+    """
+    return teacher.tail == "bucket" and teacher.logits.shape[-1] < teacher.shape[-1]
+
+
+def partitions_at(teacher: SoftTargets, temperature: float) -> Tensor:
+    """Return a top-k teacher's log-partitions at the temperature."""
+    if temperature not in teacher.log_partitions:
         stored = ", ".join(f"{t:g}" for t in teacher.log_partitions) or "none"
         raise ValueError(
-            f'teacher: tail="bucket" needs the log-partition at temperature {options.temperature:g}; stored: {stored}'
+            f'teacher: tail="bucket" needs the log-partition at temperature {temperature:g}; stored: {stored}'
         )
-    return partitions
+    return teacher.log_partitions[temperature]
 
 
 def _check_labels(labels: Tensor, student: Tensor) -> None:

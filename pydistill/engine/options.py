@@ -129,7 +129,7 @@ def _unlabeled(name: str, value: Any) -> str:
     return value
 
 
-def check_reduction(name: str, value: Any) -> str:
+def _reduction(name: str, value: Any) -> str:
     """The value, if it is "none", "sum" or "mean". "batchmean", kl_div's name for the mean, gets a hint."""
     if isinstance(value, str) and value in get_args(Reduction):
         return value
@@ -165,7 +165,7 @@ class Options:
     ignore_index: Annotated[int, Option(_ignore_index, "int")]
     unlabeled: Annotated[Unlabeled, Option(_unlabeled, "str")]
     label_smoothing: Annotated[float, Option(_label_smoothing, "float")]
-    reduction: Annotated[Reduction, Option(check_reduction, "str")]
+    reduction: Annotated[Reduction, Option(_reduction, "str")]
     num_items: Annotated[Items, Option(_num_items, "Items")]
 
     @property

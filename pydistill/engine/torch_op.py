@@ -14,10 +14,17 @@ from torch import Tensor
 from pydistill.engine import backend
 from pydistill.engine.autograd import flatten
 from pydistill.engine.batch import CONSTANTS, Batch, Outcome
-from pydistill.engine.checks import check_batch, check_tensors, warn_of_probabilities
+from pydistill.engine.checks import (
+    check_batch,
+    check_tensors,
+    check_zeros,
+    has_bucket,
+    partitions_at,
+    warn_of_probabilities,
+)
 from pydistill.engine.metrics import METRICS
-from pydistill.engine.options import OPTIONS, check_options, check_reduction
-from pydistill.formulas import DIVERGENCES, loss_dtype
+from pydistill.engine.options import OPTIONS, check_options
+from pydistill.formulas import loss_dtype
 from pydistill.targets import SoftTargets, Tail
 
 
@@ -42,13 +49,10 @@ _NAMES = [name for _, name in _ARGUMENTS]
 def traced_loss(arguments: Mapping[str, Any]) -> Outcome:
     """Record the call of the op for :func:`pydistill.distillation_loss`. Values are checked when the graph runs."""
     student, teacher, divergence = arguments["student_logits"], arguments["teacher"], arguments["divergence"]
-    check_reduction("reduction", arguments["reduction"])
-    if divergence not in DIVERGENCES:
-        raise ValueError(f"divergence must be one of {', '.join(DIVERGENCES)}; got {divergence!r}")
-    if isinstance(teacher, SoftTargets) and teacher.has_zeros and not DIVERGENCES[divergence].zeros:
-        raise ValueError(
-            f"teacher: {divergence} compares logits, and a probability of 0 has none; use forward_kl or jsd"
-        )
+    for name in ("divergence", "reduction"):  # they decide the graph
+        OPTIONS[name].check(name, arguments[name])
+    if isinstance(teacher, SoftTargets):
+        check_zeros(teacher, divergence)
     labels, weights = arguments["labels"], (arguments["sample_weight"], arguments["class_weight"])
     given = arguments["num_items"]
     pair = given if isinstance(given, (tuple, list)) else (given, given)
@@ -77,20 +81,13 @@ def traced_loss(arguments: Mapping[str, Any]) -> Outcome:
 
 def _partitions(teacher: Tensor | SoftTargets | None, temperature: float | Tensor) -> Tensor | None:
     """Choose the log-partitions of a top-k teacher with a bucket. The choice is fixed when the graph is recorded."""
-    if not isinstance(teacher, SoftTargets) or teacher.tail != "bucket":
-        return None
-    if teacher.indices is None or teacher.indices.shape[-1] == teacher.shape[-1]:
+    if not isinstance(teacher, SoftTargets) or not has_bucket(teacher):
         return None
     if isinstance(temperature, Tensor):
         raise ValueError(
             'temperature must be a float with tail="bucket" under torch.compile: it chooses a log-partition'
         )
-    if temperature not in teacher.log_partitions:
-        stored = ", ".join(f"{t:g}" for t in teacher.log_partitions) or "none"
-        raise ValueError(
-            f'teacher: tail="bucket" needs the log-partition at temperature {temperature:g}; stored: {stored}'
-        )
-    return teacher.log_partitions[temperature]
+    return partitions_at(teacher, temperature)
 
 
 def _scalar(name: str, value: float | Tensor, student: Tensor) -> Tensor:

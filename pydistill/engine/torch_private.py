@@ -22,7 +22,7 @@ _functorch = getattr(torch._C, "_functorch", None)
 _is_batched: Callable[[Tensor], bool] = getattr(_functorch, "is_batchedtensor", _never)
 _is_legacy_batched: Callable[[Tensor], bool] = getattr(_functorch, "is_legacy_batchedtensor", _never)
 _dispatch_modes = getattr(torch._C, "_len_torch_dispatch_stack", _never)
-_is_tracing = getattr(torch._C, "_is_tracing", _never)
+_is_tracing = getattr(torch._C, "_is_tracing", torch.jit.is_tracing)  # type: ignore[attr-defined]  # not in its stubs
 
 
 def wants_op(student: Any) -> bool:

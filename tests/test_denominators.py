@@ -215,3 +215,14 @@ def test_row_without_a_term_behind_a_head(variant):
     pydistill.linear_distillation_loss(hidden, weight, labels=LABELS, alpha=0.0, unlabeled="distill").backward()
     assert not hidden.grad[LABELS == -100].any()
     assert weight.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_a_term_that_is_not_evaluated_has_no_denominator(variant, reduction):
+    """With alpha = 1 the labels' class weights do not matter, also if all of them are 0."""
+    student, teacher, labels = torch.randn(3, 5, requires_grad=True), torch.randn(3, 5), torch.tensor([0, 1, 0])
+    options = {"alpha": 1.0, "temperature": 2.0, "reduction": reduction}
+    weighted = pydistill.distillation_loss(student, teacher, labels, class_weight=torch.zeros(5), **options)
+    plain = pydistill.distillation_loss(student, teacher, labels, **options)
+    assert weighted == plain
+    torch.testing.assert_close(*(torch.autograd.grad(loss, student)[0] for loss in (weighted, plain)), rtol=0, atol=0)

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from conftest import KINDS
 
 import pydistill
+from pydistill.engine import backend, options
 from pydistill.engine.options import NAMES, LossKeywords
 
 NAN = math.nan
@@ -394,6 +395,33 @@ def test_module_options_may_be_overridden_and_changed():
     criterion.alpha = 2.0
     with pytest.raises(ValueError, match=r"alpha.*2\.0"):
         criterion(student, teacher, labels)
+
+
+@pytest.mark.parametrize(
+    ("valid", "wrong"),
+    [
+        ({"alpha": 1.0}, {"alpha": True}),
+        ({"t_squared": True}, {"t_squared": 1}),
+        ({"ignore_index": 1}, {"ignore_index": True}),
+        ({"label_smoothing": 0.0}, {"label_smoothing": False}),
+        ({"temperature": 1.0}, {"temperature": True}),
+    ],
+)
+def test_a_value_that_equals_a_checked_one_is_checked_too(valid, wrong):
+    """The checked options are kept, and True == 1 == 1.0."""
+    student, teacher, labels = torch.randn(3, 5), torch.randn(3, 5), torch.tensor([0, 1, 2])
+    pydistill.distillation_loss(student, teacher, labels, **valid)
+    with pytest.raises(TypeError, match=next(iter(wrong))):
+        pydistill.distillation_loss(student, teacher, labels, **wrong)
+
+
+def test_a_schedule_does_not_fill_memory(variant):
+    """Every step has another alpha, and what is kept for each is thrown away now and then."""
+    student, teacher = torch.randn(1, 5), torch.randn(1, 5)
+    for alpha in torch.linspace(0.5, 1, 600).tolist():
+        pydistill.distillation_loss(student, teacher, torch.tensor([1]), alpha=alpha)
+    assert len(options._checked) <= 256
+    assert len(getattr(backend.current(), "_options", ())) <= 256
 
 
 def test_the_four_signatures_agree():

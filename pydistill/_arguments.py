@@ -46,6 +46,6 @@ def no_storage(name: str, tensor: Tensor) -> ValueError:
 def warn_caller(message: str, category: type[Warning] = UserWarning) -> None:
     """Give a warning that shows the line which called the package, through any number of its and torch's functions."""
     level, frame = 2, sys._getframe(1)  # level 1 is this function
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(("pydistill", "torch.")):
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(("pydistill.", "torch.")):
         level, frame = level + 1, frame.f_back
     warnings.warn(message, category, stacklevel=level)

@@ -2,7 +2,6 @@
 
 import inspect
 import pickle
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from copy import copy, deepcopy
 from numbers import Integral
@@ -14,7 +13,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 
-from pydistill._arguments import check_count
+from pydistill._arguments import check_count, warn_caller
 from pydistill._torch_modules import as_input, float_dtype
 from pydistill.losses import DistillationLoss
 from pydistill.targets import SoftTargets
@@ -366,7 +365,7 @@ class DistilledClassifier(ClassifierMixin, BaseEstimator):
             _check_prefit(teacher, targets, y, classes)
             return teacher, targets
         teacher = _seed(clone(self.teacher), rng)
-        weight = usable_weight("teacher", teacher, weight, stacklevel=4)
+        weight = usable_weight("teacher", teacher, weight)
         found: tuple[Estimator, SoftTargets]
         found = check_memory(self.memory).cache(_fit_teacher)(teacher, rows, y, cv, weight)
         return found
@@ -468,9 +467,7 @@ def _check_prefit(teacher: Estimator, targets: SoftTargets, y: NDArray[Any], cla
     accuracy = np.mean(classes[targets.logits.argmax(-1).numpy()] == y)
     constant = np.unique(y, return_counts=True)[1].max() / len(y)
     if accuracy <= constant:
-        warnings.warn(
+        warn_caller(
             poor_teacher_message(accuracy, constant)
-            + ", or the teacher's outputs may not be in the order of the classes",
-            UserWarning,
-            stacklevel=5,
+            + ", or the teacher's outputs may not be in the order of the classes"
         )

@@ -2,7 +2,6 @@
 
 import os
 import threading
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -11,7 +10,7 @@ from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
-from pydistill._arguments import check_count
+from pydistill._arguments import check_count, warn_caller
 from pydistill.engine.batch import Batch, Outcome
 from pydistill.engine.compiled import CompiledBackend, load_core
 from pydistill.engine.torch_backend import TorchBackend
@@ -185,5 +184,5 @@ def _default() -> tuple[Backend, str]:
         backend = _make("numba")
     except ImportError as error:
         backend, missing = _make("torch"), f"{missing}; numba: {error}"
-    warnings.warn(f"pydistill runs on its slower {backend.name} backend: {missing}", RuntimeWarning, stacklevel=3)
+    warn_caller(f"pydistill runs on its slower {backend.name} backend: {missing}", RuntimeWarning)
     return backend, missing

@@ -3,7 +3,6 @@
 import pickle
 import statistics
 import time
-import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -13,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from pydistill._arguments import warn_caller
 from pydistill._torch_modules import count_parameters, mode
 from pydistill._wording import describe, few
 from pydistill.evaluation.result import Bin, ClassScores, ModelScores, Report
@@ -142,7 +142,7 @@ def _warn_of_a_poor_teacher(student: Model, scores: ModelScores, labels: Tensor)
         return
     hint = ". If it was fitted on rows transformed by the student's steps, pass make_pipeline(*student[:-1], teacher)"
     message = poor_teacher_message(scores.accuracy, constant) + (hint if split_steps(student)[0] else "")
-    warnings.warn(message, UserWarning, stacklevel=3)
+    warn_caller(message)
 
 
 def _check_classes(student: Model, teacher: Model | None, outputs: dict[str, Tensor]) -> list[Any]:

@@ -132,7 +132,9 @@ def _is_same_model(model: Model, own: Model, rows: Rows) -> bool:
     if isinstance(model, nn.Module):
         theirs, ours = model.state_dict(), own.state_dict()
         return theirs.keys() == ours.keys() and all(torch.equal(theirs[name], ours[name]) for name in ours)
-    method = "predict_proba" if hasattr(own, "predict_proba") else "decision_function"
+    method = _output_method(own)
+    if method is None:
+        return False
     try:
         return np.array_equal(getattr(model, method)(rows), getattr(own, method)(rows))
     except (AttributeError, ValueError):  # a classifier of other features, or one that was never fitted

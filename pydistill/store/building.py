@@ -1,6 +1,5 @@
 """Runs the teacher over the data batch by batch, checks its outputs and passes them to the writer."""
 
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -9,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pydistill._arguments import warn_caller
 from pydistill._torch_modules import as_input, float_dtype, mode
 from pydistill.store.fingerprints import Teacher
 from pydistill.store.manifest import Manifest
@@ -100,7 +100,7 @@ def _as_targets(output: object, first: int, rows: int) -> SoftTargets:
             f"teacher must give a finite largest logit in every row; that of row {first + int(at[0])} is {largest[at]}"
         )
     if first == 0 and targets is not output and looks_like_probabilities(targets.logits):
-        warnings.warn(PROBABILITIES_TAKEN_AS_LOGITS, UserWarning, stacklevel=4)
+        warn_caller(PROBABILITIES_TAKEN_AS_LOGITS)
     return targets
 
 

@@ -1,12 +1,11 @@
 """The request for a store: its options, its data and its teacher. Later calls for the same folder must repeat it."""
 
 import math
-import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TypedDict
 
-from pydistill._arguments import check_count
+from pydistill._arguments import check_count, warn_caller
 from pydistill.store.fingerprints import UNCHECKED_CALLABLE
 from pydistill.store.layout import DTYPES, DTypeName
 from pydistill.targets import Tail, check_tail
@@ -58,10 +57,8 @@ def check_same(folder: Path, recorded: Request, given: Mapping[str, object]) -> 
             "or delete this one"
         )
     if given.get("teacher") == UNCHECKED_CALLABLE:
-        warnings.warn(
+        warn_caller(
             f"the store in {folder} was built with a callable too, but pydistill cannot check that it was the same "
             'one. Pass fingerprint="..." to build and open, with a different string for each teacher; or pass a '
-            "module, a fitted classifier or SoftTargets as the teacher",
-            UserWarning,
-            stacklevel=3,
+            "module, a fitted classifier or SoftTargets as the teacher"
         )

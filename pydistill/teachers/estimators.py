@@ -1,13 +1,13 @@
 """scikit-learn and XGBoost estimators as teachers: validation, nesting, weighted fits. Neither is imported here."""
 
 import inspect
-import warnings
 from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from torch import nn
 
+from pydistill._arguments import warn_caller
 from pydistill._wording import few
 
 Estimator: TypeAlias = Any  # an estimator of scikit-learn or XGBoost, which have no type information
@@ -116,18 +116,14 @@ def weight_names(estimator: Estimator) -> list[str]:
     return []
 
 
-def usable_weight(
-    name: str, estimator: Estimator, weight: NDArray[Any] | None, *, stacklevel: int
-) -> NDArray[Any] | None:
+def usable_weight(name: str, estimator: Estimator, weight: NDArray[Any] | None) -> NDArray[Any] | None:
     """Return the weights if the estimator's ``fit`` takes weights; else None, and warn if they are not all equal."""
     if weight is None or weight_names(estimator):
         return weight
     if weight.min() < weight.max():
-        warnings.warn(
+        warn_caller(
             f"sample_weight cannot reach {name}: {type(estimator).__name__}.fit does not pass weights to the "
-            "classifier. It is fitted on the rows whose weight is not 0, and each of them counts once",
-            UserWarning,
-            stacklevel=stacklevel + 1,
+            "classifier. It is fitted on the rows whose weight is not 0, and each of them counts once"
         )
     return None
 

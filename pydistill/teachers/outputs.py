@@ -1,6 +1,5 @@
 """Soft targets from trained teachers: scikit-learn classifiers, XGBoost, torch modules."""
 
-import warnings
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -9,7 +8,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 
-from pydistill._arguments import check_count
+from pydistill._arguments import check_count, warn_caller
 from pydistill._torch_modules import as_input, float_dtype, mode
 from pydistill._wording import about
 from pydistill.targets import PROBABILITIES_TAKEN_AS_LOGITS, SoftTargets, looks_like_probabilities
@@ -111,7 +110,7 @@ def soft_targets(
             "pydistill.teachers.teacher_outputs(estimator, X); in_sample=True takes its outputs for these rows"
         )
     if in_sample:
-        warnings.warn(_IN_SAMPLE, UserWarning, stacklevel=2)
+        warn_caller(_IN_SAMPLE)
     weight = _check_weight(sample_weight, X)
     if weight is None or (weight > 0).all():
         return _as_targets(_targets(estimator, X, labels, cv, in_sample, weight))
@@ -132,7 +131,7 @@ def _targets(
     classes = _check_labels(y)
     if in_sample:
         return _in_columns(_logits(estimator, X), estimator, classes)
-    weight = usable_weight("estimator", estimator, weight, stacklevel=3)
+    weight = usable_weight("estimator", estimator, weight)
     if getattr(estimator, "oob_score", False):
         return _out_of_bag(estimator, X, y, classes, weight)
     return _out_of_fold(for_labels(estimator, classes), X, y, classes, cv, weight)
@@ -171,7 +170,7 @@ def teacher_outputs(teacher: nn.Module | Estimator, X: EstimatorInput, *, batch_
     if isinstance(teacher, nn.Module):
         logits = _module_logits(teacher, X, batch_size)
         if looks_like_probabilities(logits):
-            warnings.warn(PROBABILITIES_TAKEN_AS_LOGITS, UserWarning, stacklevel=2)
+            warn_caller(PROBABILITIES_TAKEN_AS_LOGITS)
         return _as_targets(logits)
     check_classifier("teacher", teacher)
     return _as_targets(_logits(teacher, _as_rows(X)))
